@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from engine.cache.kv_cache import SequencePages
 from engine.cache.node import Node
-from engine.publisher import Listener, Publisher
+from engine.publisher import Publisher
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import SequenceStatus
+from engine.scheduling.sequence import Sequence, SequenceStatus
 
 T = TypeVar("T")
 
@@ -137,24 +137,23 @@ class Inspection:
         owners = self._scheduler.slot_owners
         here = [one for one in owners if one is not None and one.status is SequenceStatus.RUNNING]
         here.sort(key=lambda sequence: sequence.order)
-        return [self._row(one.listener, now) for one in here[:MAX_ROWS]], len(here)
+        return [self._row(one, now) for one in here[:MAX_ROWS]], len(here)
 
     def waiting(self, now: float) -> tuple[list[Row], int]:
         """In the order in which they came (the policy's may be another), the oldest MAX_ROWS."""
         listeners = self._publisher.listeners.values()
         waits = (listener for listener in listeners if listener.sequence.status is SequenceStatus.WAITING)
-        return [self._row(listener, now) for listener in islice(waits, MAX_ROWS)], self._scheduler.num_waiting
+        return [self._row(listener.sequence, now) for listener in islice(waits, MAX_ROWS)], self._scheduler.num_waiting
 
     def row(self, request_id: str, now: float) -> Row | None:
         listener = self._publisher.listeners.get(request_id)
-        return None if listener is None else self._row(listener, now)
+        return None if listener is None else self._row(listener.sequence, now)
 
-    def _row(self, listener: Listener, now: float) -> Row:
-        sequence = listener.sequence
+    def _row(self, sequence: Sequence, now: float) -> Row:
         if sequence.status is SequenceStatus.WAITING:
             state = "retracted" if sequence.is_retracted else self._scheduler.obstacle(sequence)
         else:
-            state = "prefill" if listener.stream.first_token_at is None else "decode"
+            state = "prefill" if sequence.listener.stream.first_token_at is None else "decode"
         pages = sequence.pages
         return Row(
             sequence.request.request_id,

@@ -67,6 +67,7 @@ class Listener:
         "num_accepted",
         "num_sent",
         "per_token",
+        "request_id",
         "sequence",
         "stream",
         "timer",
@@ -74,7 +75,8 @@ class Listener:
 
     def __init__(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> None:
         request = sequence.request
-        self.sequence = sequence
+        self.request_id = request.request_id
+        self.sequence = sequence  # until the end
         self.stream = stream
         self.detokenizer = detokenizer
         self.has_stop_strings = bool(request.sampling.stop)
@@ -108,7 +110,7 @@ class Publisher:
         # While somebody looks.
         self.recorder: Recorder | None = None
         # With forced tokens that are not published yet.
-        self._jumped: list[Listener] = []
+        self._jumped: list[Sequence] = []
         # Requests whose end somebody waits for.
         self._awaited: set[str] = set()
         self._awaited_ended: asyncio.Event = asyncio.Event()
@@ -166,8 +168,8 @@ class Publisher:
         """A grammar forced `count` tokens on a request; they are published with the next step."""
         self._metrics.generation_tokens += count
         self._on_first_token(listener.sequence, self._clock.now())
-        self._enter(listener)
-        self._jumped.append(listener)
+        self._enter(listener.sequence)
+        self._jumped.append(listener.sequence)
 
     def attach(self, result: StepResult, output: ForwardOutput) -> None:
         """Give each stream what a step computed beside its token."""
@@ -180,8 +182,8 @@ class Publisher:
         """Hand a step's tokens to the streams, and those that were forced since."""
         slots, metrics, now = result.slots, self._metrics, self._clock.now()
         scheduler, owners = self._scheduler, self._scheduler.slot_owners
-        for listener in self._jumped:
-            sequence = listener.sequence
+        for sequence in self._jumped:
+            listener = sequence.listener
             if listener.per_token and sequence.finish_reason is None:
                 self._flush(listener, sequence.token_ids[listener.num_sent :].tolist(), now, hand_over=True)
         self._jumped.clear()
@@ -194,7 +196,7 @@ class Publisher:
                 for slot in (slots if result.counts is None else np.repeat(slots, result.counts))[first].tolist():
                     if (sequence := owners[slot]) is not None:
                         self._on_first_token(sequence, now)
-                        self._enter(sequence.listener)
+                        self._enter(sequence)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
             if self.recorder is not None and self.recorder.left:
@@ -226,17 +228,16 @@ class Publisher:
 
     def break_off(self, listener: Listener, domain: str, sentence: str) -> None:
         """In an `except`: what is one request's own has failed, so that request ends with an error and no other."""
-        request_id = listener.sequence.request.request_id
-        logger.exception("request %s failed by its %s", request_id, domain)
-        if request_id in self.listeners:
+        logger.exception("request %s failed by its %s", listener.request_id, domain)
+        if listener.request_id in self.listeners:
             self._metrics.on_failure(domain)
             self._scheduler.finish(listener.sequence, FinishReason.ERROR, None)
             self.end(listener, sentence)
 
-    def _enter(self, listener: Listener) -> None:
-        """A sequence has its first token in a slot that was another's."""
-        slot = listener.sequence.slot
-        self._flushed_at[slot] = listener.flushed_at if listener.sequence.request.stream else math.inf
+    def _enter(self, sequence: Sequence) -> None:
+        """It has its first token in a slot that was another's."""
+        slot, listener = sequence.slot, sequence.listener
+        self._flushed_at[slot] = listener.flushed_at if sequence.request.stream else math.inf
         self._searching[slot] = listener.has_stop_strings
 
     def _due(self, slots: IndexArray, now: float) -> tuple[IndexArray, list[bool]]:
@@ -281,10 +282,10 @@ class Publisher:
 
     def end(self, listener: Listener, error: str | None = None, *, status: int = 500) -> None:
         """The terminal event of a request, with whatever it had not published yet. status: of an error."""
-        sequence, stream = listener.sequence, listener.stream
-        request_id = sequence.request.request_id
+        request_id, stream = listener.request_id, listener.stream
         if self.listeners.pop(request_id, None) is None:
             return
+        sequence = listener.sequence
         self._num_searching -= listener.has_stop_strings
         if listener.timer is not None:
             listener.timer.cancel()
@@ -331,6 +332,9 @@ class Publisher:
             self.on_prompt(sequence)
         if error is not None:
             reason = FinishReason.ERROR
+        # Steps in flight find the listener by its sequence. Both ways it would be a circle, which stays, with prompt
+        # and answer, until the garbage collector goes through everything.
+        del listener.sequence
         stream.finish(reason, sequence.stop_reason, error, status=status)
 
     def _on_first_token(self, sequence: Sequence | None, now: float) -> None:

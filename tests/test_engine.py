@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import gc
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from engine.engine import Engine
 from engine.executor.fake import FakeExecutor
 from engine.executor.fake_oracle import FakeModel, expected_tokens
 from engine.forward import DeviceLostError, ForwardError, Limits
+from engine.publisher import Listener
 from engine.request import FinishReason, QueueFullError, Request, SamplingParams, UnavailableError
+from engine.scheduling.sequence import Sequence
 from engine.stream import Delta, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
@@ -387,3 +390,30 @@ async def test_text_cut_amid_a_character_ends_before_it() -> None:
         cut = dataclasses.replace(ask("cut", [1, 2], max_tokens=2 * len(emoji) - 1), constraint=Spell(99))
         answers = await asyncio.gather(*(collect(engine.submit(request)) for request in (whole, cut)))
     assert [answer.text for answer in answers] == ["🦜", "🦜"]
+
+
+async def test_what_a_request_leaves_goes_without_the_collector() -> None:
+    """Else prompts and answers stay until everything is gone through, which stalls the loop."""
+    text = text_of([5, 6, 7], reference([5, 6, 7]))
+    async with running(step_seconds=0.001) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            names = ["streams", "stops", "bound", "late"]
+            requests = [ask(name, [5, 6, 7], stream=name != "stops") for name in names]
+            requests[1] = ask("stops", [5, 6, 7], stop=(text[len(text) // 2 :][:3],))
+            requests[2] = dataclasses.replace(requests[2], constraint=Alternating(5))
+            requests[3] = dataclasses.replace(ask("late", [8], max_tokens=200), timeout_s=0.02)
+            ends = [
+                answer.finish_reason for answer in await asyncio.gather(*map(collect, map(engine.submit, requests)))
+            ]
+            assert ends.count(FinishReason.ERROR) == 1 and None not in ends
+            async with engine.submit(ask("leaves", [1, 2], max_tokens=200)) as stream:
+                await stream.take()
+            await engine.drained()
+            del stream, requests
+            await asyncio.sleep(0)
+            left = [one for one in gc.get_objects() if isinstance(one, Sequence | Listener | TokenStream)]
+        finally:
+            gc.enable()
+    assert not left
