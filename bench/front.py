@@ -36,6 +36,7 @@ from engine.forward import ForwardOutput, Limits, StepLogprobs
 from engine.metrics import EngineMetrics
 from engine.models.generation import GenerationDefaults
 from engine.models.registry import read_spec
+from engine.process import settle
 from engine.publisher import Publisher
 from engine.scheduling.batch import StepResult
 from engine.scheduling.scheduler import Scheduler
@@ -299,10 +300,7 @@ async def serve_until(engine: Engine, max_model_len: int, answer: Callable[[], b
         max_model_len=max_model_len,
     )
     options = engine.config.server
-    # As the server does it.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    settle()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 

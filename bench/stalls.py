@@ -226,7 +226,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.serve:
         logging.basicConfig(level="ERROR")
-        sys.setswitchinterval(0.0005)
         with contextlib.suppress(KeyboardInterrupt):
             uvloop.run(serve_here(args.tell))
         return 0

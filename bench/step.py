@@ -28,6 +28,7 @@ from engine.clock import MonotonicClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import FUTURE_TOKEN, Limits, Staging
+from engine.process import MOST_OLD, MOST_YOUNG, NEW
 from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer, now
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
@@ -279,8 +280,8 @@ def measure_recorder(batch: int, steps: int) -> dict[str, float]:
     gc.collect()
     gc.freeze()
     thresholds = gc.get_threshold()
-    # As the server has it (engine/serve.py).
-    gc.set_threshold(20_000, 20, 50)
+    # As the server has it.
+    gc.set_threshold(NEW, MOST_YOUNG, MOST_OLD)
     try:
         for _ in range(rounds):
             chance.shuffle(kinds)

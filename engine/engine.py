@@ -73,7 +73,7 @@ class Engine(Resting):
         wait_ms = config.stream.flush_interval_ms
         pace = Pace(None if wait_ms is None else wait_ms / 1000.0)
         publisher = Publisher(scheduler, self.metrics, clock, pace)
-        self._watch = LoopWatch(self.metrics, pace)
+        self._watch = LoopWatch(self.metrics, pace, lambda: self._idle.is_set())
         super().__init__(scheduler, executor, publisher, clock)
         self.metrics.drafts = scheduler.speculation
         self.config = config

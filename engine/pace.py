@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 
 from engine.forward import BoolArray
 from engine.metrics import EngineMetrics
+from engine.process import Collector
 
 logger = logging.getLogger("oneloop.engine")
 
@@ -92,15 +94,19 @@ class Pace:
 
 
 class LoopWatch:
-    """Looks at the running loop ten times a second, from `start` to `stop`. The pace and the metrics get what it sees.
+    """Looks at the running loop ten times a second, from `start` to `stop`. The pace and the metrics get what it sees,
+    and who collects garbage.
 
     Utilisation is the share of time in which the loop's thread ran or waited for a processor, where the system tells
     the latter. Lag is how late a timer comes.
     """
 
-    def __init__(self, metrics: EngineMetrics, pace: Pace) -> None:
+    def __init__(self, metrics: EngineMetrics, pace: Pace, is_idle: Callable[[], bool] = lambda: False) -> None:
+        """is_idle: no request runs or waits."""
         self._metrics = metrics
         self._pace = pace
+        self._is_idle = is_idle
+        self._collector = Collector()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due_at = self._looked_at = self._used = 0.0
@@ -109,7 +115,7 @@ class LoopWatch:
         self._tells = True
 
     def start(self, *, tells: bool = True) -> None:
-        """tells: a long lag is logged."""
+        """tells: others wait for this loop, so a long lag is logged, and garbage collected when they do not."""
         self._tells = tells
         self._loop = asyncio.get_running_loop()
         self._looked_at, self._used = self._loop.time(), _used()
@@ -137,6 +143,8 @@ class LoopWatch:
         self._pace.follow(utilisation, seconds)
         if lag > LONG_LAG_S and self._tells:
             self._on_long_lag(lag, now)
+        if self._tells:
+            self._collector.look(now, is_idle=self._is_idle(), utilisation=utilisation)
         self._wait(now)
 
     def _on_long_lag(self, lag: float, now: float) -> None:

@@ -1,9 +1,26 @@
-"""What a process does to itself before it serves."""
+"""What a process does to itself before it serves, and when its garbage is collected.
+
+By itself the collector works amid what is made, where everybody waits for it. So its own collections are of what is
+young, or late; those that cost more come while nothing runs.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
+
+# Objects more than went, at which what is new since is looked through: a millisecond. Smaller means as much in all.
+NEW = 5_000
+# Collections of new objects behind which what has outlived them is looked through, too: once nothing happens, once no
+# request runs, or, where neither comes, amid work.
+QUIET_YOUNG, IDLE_YOUNG, MOST_YOUNG = 10, 50, 100
+# Collections of those behind which it is everything.
+QUIET_OLD, IDLE_OLD, MOST_OLD = 1, 100, 200
+# Seconds of quiet before everything is looked through, and between two of these.
+QUIET_S, BETWEEN_S = 1.0, 60.0
+# It is quiet while the loop works less than this share of its time, and no thread makes many objects.
+QUIET_SHARE, QUIET_OBJECTS = 0.05, 1_000
 
 
 def settle() -> None:
@@ -11,7 +28,36 @@ def settle() -> None:
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(NEW, MOST_YOUNG, MOST_OLD)
     # A thread that computes in Python (a template, a large body) gives the loop its turn after this and not after 5 ms,
     # and a busy loop the executor's thread.
     sys.setswitchinterval(0.0005)
+
+
+class Collector:
+    """Told how the loop fares some times a second, it collects garbage when that is in nobody's way."""
+
+    def __init__(self) -> None:
+        self._counts = gc.get_count()
+        self._quiet_since = math.inf
+        self._full_at = -math.inf
+
+    def look(self, now: float, *, is_idle: bool, utilisation: float) -> None:
+        """is_idle: no request runs or waits. utilisation: of the loop, since the last look."""
+        (new, young, _), (before, young_before, _) = gc.get_count(), self._counts
+        is_calm = young == young_before and abs(new - before) < QUIET_OBJECTS and utilisation < QUIET_SHARE
+        if is_idle and gc.isenabled():
+            self._quiet_since = min(self._quiet_since, now) if is_calm else math.inf
+            self._collect(now, is_quiet=is_calm)
+        else:
+            self._quiet_since = math.inf
+        self._counts = gc.get_count()
+
+    def _collect(self, now: float, *, is_quiet: bool) -> None:
+        _, young, old = gc.get_count()
+        rests = now - self._quiet_since >= QUIET_S and now - self._full_at >= BETWEEN_S
+        if old >= (QUIET_OLD if rests else IDLE_OLD):
+            gc.collect()
+            self._full_at = now
+        elif young >= (QUIET_YOUNG if is_quiet else IDLE_YOUNG):
+            gc.collect(1)

@@ -64,7 +64,7 @@ ALLOWED = {
     "engine.distributed": {"engine.executor", "engine.models", "engine.ops", "engine.report", "engine.speculation"},
     "engine.admission": {"engine.scheduling"},
     "engine.books": {"engine.cache"},
-    "engine.pace": set(),
+    "engine.pace": {"engine.process"},
     "engine.process": set(),
     "engine.publisher": {"engine.lora.tally", "engine.pace", "engine.scheduling", "engine.text"},
     "engine.grammar_masks": {"engine.scheduling", "engine.publisher", "engine.executor.base"},

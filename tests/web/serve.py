@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ import uvloop
 from engine.executor.base import StepHandle
 from engine.executor.fake import FakeHandle, FakeModel
 from engine.forward import ForwardOutput, Limits
+from engine.process import settle
 from tests.server.dictate import dictated
 from tests.server.support import Device, live, served_model, tokenizer
 
@@ -104,10 +104,7 @@ async def main() -> None:
     options |= {"num_pages": args.pages, "make_device": lambda limits: OwnThread(limits, args.step)}
     async with live(model=model, **options) as server:
         with dictated(server, say=say):
-            # As engine/serve.py has it.
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(20_000, 20, 50)
+            settle()
             stalls = Stalls()
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stalls.tell)
             print(server.port, flush=True)
