@@ -284,12 +284,16 @@ class GrammarCompiler:
             running = asyncio.wrap_future(self._workers.submit(lambda: self._timed(spec)))
             self._running[spec] = running
             running.add_done_callback(lambda done: self._finished(spec, done))
+        # It goes on when this does not: others may wait for the same one, and a thread cannot be stopped anyway.
+        await asyncio.wait({running}, timeout=self._timeout_s)
         try:
-            # Shielded: others may wait for the same one, and a thread cannot be stopped anyway.
-            return await asyncio.wait_for(asyncio.shield(running), self._timeout_s)
-        except TimeoutError:
-            self._workers.replace_one()
-            raise spec_error(spec, f"takes longer than {self._timeout_s:g} s to compile; make it simpler") from None
+            if running.done():
+                return running.result()
+        finally:
+            # An error's traceback names this frame: a circle, in which the whole request would stay.
+            del running
+        self._workers.replace_one()
+        raise spec_error(spec, f"takes longer than {self._timeout_s:g} s to compile; make it simpler")
 
     def _timed(self, spec: GrammarSpec) -> Grammar:
         with stretch("grammar", "compile", len(spec.text)):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 import re
 import threading
+import weakref
 from typing import Any
 
 import jsonschema
@@ -186,6 +188,24 @@ async def test_compiling_on_the_loop_is_cached_and_shared() -> None:
         with pytest.raises(RequestError):
             await made.compile_async(GrammarSpec("regex", "("))
     finally:
+        made.close()
+
+
+async def test_a_refusal_goes_without_the_collector() -> None:
+    """Its traceback names whoever waits for it, and with them the whole request."""
+    made = GrammarCompiler(words(), [EOS], words().vocab_size)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            await made.compile_async(GrammarSpec("regex", "("))
+            pytest.fail("it was taken")
+        except RequestError as error:
+            left = weakref.ref(error)
+        assert (await made.compile_async(GrammarSpec("regex", "a"))).warnings == ()  # the thread has gone on
+        assert left() is None
+    finally:
+        gc.enable()
         made.close()
 
 
