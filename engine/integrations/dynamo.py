@@ -42,6 +42,7 @@ from engine.build import Built, build_engine
 from engine.config import EngineConfig, ServerOptions, StartupError
 from engine.flags import config_from, make_parser
 from engine.integrations.token_requests import Chunks, TokenRequest, read, without_eos
+from engine.process import settle
 from engine.request import FinishReason, Request, RequestError, derive_seed
 from engine.stream import Delta
 from engine.text.grammar.compiler import GrammarCompiler
@@ -104,6 +105,8 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
         engine, limits = self._engine, self._engine.limits
         if engine.tokenizer is not None and engine.eos_token_ids:
             self._compiler = GrammarCompiler(engine.tokenizer, engine.eos_token_ids, limits.vocab_size)
+            self._compiler.warm()  # see server/app.py
+        settle()
         self._loop_task = asyncio.create_task(engine.run(), name="engine")
         self._loop_task.add_done_callback(self._on_end)
         options = engine.config.server
