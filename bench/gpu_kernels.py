@@ -95,8 +95,12 @@ def bench_attention(report: Report, layer: DeviceLayer, bandwidth: float, module
                 trial.q.normal_()
                 floor = rows * ATTENDED * kv_heads * dim * 4 / bandwidth
                 for way in backend.ways(None):
-                    took = trial.seconds(backend.layers_of(None), way) / LAYERS
                     what = f"attention {heads}/{kv_heads}x{dim}, {names[way]}"
+                    try:
+                        took = trial.seconds(backend.layers_of(None), way) / LAYERS
+                    except RuntimeError as error:
+                        print(f"{what}: {error}", file=sys.stderr)
+                        continue
                     report.add(what, 1e6 * took, "us", batch=rows, context=ATTENDED, floor_ratio=floor / took)
         del backend, trial
         torch.cuda.empty_cache()

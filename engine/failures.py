@@ -13,4 +13,8 @@ _FATAL = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)
 def raise_fatal(error: BaseException) -> None:
     """Called first of all in an `except BaseException`: raises what is not one request's error."""
     if isinstance(error, _FATAL):
-        raise error
+        try:
+            raise error
+        finally:
+            # Its traceback names this frame: a circle, in which all that it passes would stay.
+            del error

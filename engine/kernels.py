@@ -216,7 +216,9 @@ def build(args: argparse.Namespace) -> int:
         raise StartupError(f"flashinfer-python is needed to build kernels: {error}") from None
     specs = kernels_for(args.models, args.kv_cache_dtype, args.arch)
     if not specs:
-        raise StartupError("FlashInfer has no kernels for these models: their attention is torch's")
+        raise StartupError(
+            "FlashInfer has no kernels for these models: their attention is by ours, compiled at first use"
+        )
     if args.list:
         print("\n".join(spec.name for spec in specs))
         return 0

@@ -145,7 +145,7 @@ class LoopWatch:
             self._on_long_lag(lag, now)
         if self._tells:
             self._collector.look(now, is_idle=self._is_idle(), utilisation=utilisation)
-        self._wait(now)
+        self._wait(time.monotonic())  # what was collected made nobody late
 
     def _on_long_lag(self, lag: float, now: float) -> None:
         if now - self._logged_at < LOG_EVERY_S:

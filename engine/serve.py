@@ -135,7 +135,6 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
         print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
         print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
-    settle()
     stop, options = asyncio.Event(), config.server
     loop = asyncio.get_running_loop()
     exits = options.stall_action == "exit"
@@ -161,6 +160,7 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     try:
         async with contextlib.AsyncExitStack() as stack:
             app = build_app(engine, model, config.server)
+            settle()
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
             await serve(app, engine, config.server, on_listening=on_listening, stop=stop, on_leaving=on_leaving)

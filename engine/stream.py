@@ -154,6 +154,8 @@ class TokenStream:
         delta = self._delta
         delta.finish_reason, delta.stop_reason, delta.error, delta.status = reason, stop_reason, error, status
         self.flush()
+        # It knows this stream: a circle, in which the whole request would stay until the collector finds it.
+        self._reader = None
 
     @property
     def failed(self) -> bool:

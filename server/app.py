@@ -119,7 +119,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         engine,
         model,
         options,
-        _make_compiler(engine),
+        _make_compiler(engine, model),
         tool_family,
         reasoning_family,
         responses=store,
@@ -174,16 +174,12 @@ def _publish_kv_events(engine: Engine, options: ServerOptions) -> KVEvents | Non
     return events
 
 
-def _make_compiler(engine: Engine) -> GrammarCompiler | None:
+def _make_compiler(engine: Engine, model: ServedModel) -> GrammarCompiler | None:
     if engine.tokenizer is None or not engine.eos_token_ids:
         return None
     compiler = GrammarCompiler(engine.tokenizer, engine.eos_token_ids, engine.limits.vocab_size)
-    try:
-        # Before anybody is served: the library lets no other thread run while it builds the trie of a vocabulary, a
-        # second or more for the large ones.
-        compiler.warm()
-    except Exception:
-        logger.exception("no grammar can be held to this vocabulary")
+    if model.abilities.generates:
+        compiler.prepare()
     return compiler
 
 

@@ -16,13 +16,12 @@ from torch import Tensor
 
 from engine.executor.cuda_device import DeviceLayer
 from engine.ops.attention.device import DecodePlan, DecodeStep
+from engine.ops.attention.flashinfer import MOST_PLANNED
 
 logger = logging.getLogger("oneloop.cuda")
 
 # Of the wrapper, to be worth the plan that the host makes for every step.
 WORTH = 0.9
-# Larger batches fill the GPU with one row and KV head each: there is nothing to plan.
-MOST_PLANNED = 64
 # What is timed: any other size goes by the next of these.
 TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Tokens of every row, and how many layers are gone through in turn, so that the L2 cache holds none of them.

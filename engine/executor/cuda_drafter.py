@@ -342,6 +342,7 @@ class DeviceDrafter:
             # One plan a step is all that a wrapper has memory for.
             self.attention.release()
             self.attention = by_torch()
+            self.attention.settle(self._layer.synchronize_all)
 
     def describe(self) -> str:
         """One line for the start-up table."""

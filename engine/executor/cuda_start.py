@@ -238,7 +238,7 @@ def has_flashinfer() -> bool:
 
 
 def make_attention(model: CausalLM | Net, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
-    """FlashInfer where it is installed and all layers are of one shape, plain or with latents, else torch.
+    """FlashInfer where it is installed and all layers are of one shape, plain or with latents, else our own kernels.
 
     options: num_pages, page_size, groups, dtype, kv_dtype.
     """

@@ -55,7 +55,7 @@ def too_old(name: str, capability: tuple[int, int]) -> str | None:
 
 
 def has_xqa(capability: tuple[int, int]) -> bool:
-    """Whether FlashInfer's XQA, which decodes fastest, has code for it."""
+    """Whether FlashInfer's XQA has code for it."""
     return capability[0] >= HOPPER
 
 

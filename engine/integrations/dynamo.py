@@ -105,7 +105,7 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
         engine, limits = self._engine, self._engine.limits
         if engine.tokenizer is not None and engine.eos_token_ids:
             self._compiler = GrammarCompiler(engine.tokenizer, engine.eos_token_ids, limits.vocab_size)
-            self._compiler.warm()  # see server/app.py
+            self._compiler.prepare()
         settle()
         self._loop_task = asyncio.create_task(engine.run(), name="engine")
         self._loop_task.add_done_callback(self._on_end)

@@ -18,7 +18,16 @@ from engine.executor.cuda_attention import choose_attention
 from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.base import AttentionSpec
-from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, Ragged
+from engine.ops.attention.device import (
+    DECODE,
+    LARGE_TILES,
+    PROMPTS,
+    DecodePlan,
+    DecodeStep,
+    DeviceAttention,
+    MixedStep,
+    Ragged,
+)
 from engine.ops.attention.flashinfer import Backend, Kind
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer
@@ -375,9 +384,9 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found = self.torch_decode_rows(layer, q, step)
         return found if out is None else out.copy_(found)
 
-    monkeypatch.setattr(Backend, "has_kernel", lambda self, layer: layer not in self._by_torch)
+    monkeypatch.setattr(Backend, "has_kernel", lambda self, layer: (DECODE, layer) not in self._not_ours)
     monkeypatch.setattr(Backend, "decode_rows", decode_rows)
-    monkeypatch.setattr(Backend, "_run_ours", lambda self, number, prompts: None)
+    monkeypatch.setattr(Backend, "_run_ours", lambda self, number, work: None)
     return seen
 
 
@@ -416,20 +425,44 @@ def test_our_kernel_stands_in_for_xqa(
     assert ours == [3, 3, 2, 2] and not bench.calls("decode.plan") and not bench.calls("xqa")
 
 
+def test_kernels_of_prompts_that_do_not_run_are_found_out_before_the_first_step(
+    ours: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where FlashInfer's cannot be had: the smaller tiles stay when the larger do not fit, and decode stays in any
+    case."""
+    works = {LARGE_TILES}
+
+    def run_ours(self: Backend, number: int, work: str) -> None:
+        if work in works:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(Backend, "_run_ours", run_ours)
+    monkeypatch.setattr(Backend, "has_prompt_kernel", lambda self, layer: (PROMPTS, layer) not in self._not_ours)
+    missing = (("prefill auto", False), ("prefill fa2", False))
+    backend = settled(missing, LLAMA_1B).backend
+    assert backend._not_ours == {(LARGE_TILES, 0), (LARGE_TILES, 1)} and "prefill our kernel" in backend.describe()
+    works.add(PROMPTS)
+    bench = settled(missing, LLAMA_1B)
+    assert "prefill torch (slow) in some layers" in bench.backend.describe()
+    assert bench.backend.has_kernel(0) and not bench.backend.has_prompt_kernel(0)
+    check(bench.mixed(0, 1))
+    assert not settled((), LLAMA_1B).backend._not_ours, "where FlashInfer has them nothing is tried"
+
+
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_our_kernel_that_does_not_run_is_found_out_before_the_first_step(
     head_dim: int, ours: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a GPU with less memory for tiles: FlashInfer takes its place, and torch where that has no such heads."""
-    tried: list[tuple[int, bool]] = []
+    tried: list[tuple[int, str]] = []
 
-    def run_ours(self: Backend, number: int, prompts: bool) -> None:
-        tried.append((number, prompts))
+    def run_ours(self: Backend, number: int, work: str) -> None:
+        tried.append((number, work))
         raise RuntimeError("out of resource: shared memory\nmore of it")
 
     monkeypatch.setattr(Backend, "_run_ours", run_ours)
     bench = settled((("xqa", False),), AttentionSpec.alike(2, 32, 8, head_dim, 0.1))
-    assert tried == [(0, head_dim == 80)], "one of layers that are alike; of prompts where FlashInfer has nothing"
+    assert tried == [(0, DECODE)], "one of layers that are alike"
     assert f"heads of {head_dim}: out of resource: shared memory" in caplog.text
     assert bench.backend.decode_needs_plan(3) == (head_dim == 64)
     assert ("CUDA cores" if head_dim == 64 else "torch (slow)") in bench.backend.describe()

@@ -338,10 +338,11 @@ def executor(
     added: dict[str, Any] = {"cuda_graph": cuda_graph, "proposer": proposer, "adapters": adapters}
     if attention == "torch" or not known or (attention == "auto" and not HAS_FLASHINFER and module is None):
         ours = DeviceAttention(spec, **options)
+        made = CUDAExecutor(model, limits, layer, ours, **added)  # which finds out what runs
         said = ours.describe()
         on_gpu = layer.device.type == "cuda" and dtype in KERNEL_DTYPES
         assert known or not on_gpu or "torch" not in said, f"kernels of ours would not be tested: {said}"
-        return CUDAExecutor(model, limits, layer, ours, **added)
+        return made
     from engine.ops.attention import flashinfer, flashinfer_latent
 
     backend: DeviceAttention

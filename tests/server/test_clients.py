@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,9 @@ import aiohttp
 import pytest
 
 from engine.config import StartupError
+from engine.request import Request
+from engine.scheduling.sequence import Sequence
+from engine.stream import TokenStream
 from tests.server.support import BOUND_S, Live, live, parse_events, served_model, text_of, until
 from tests.server.test_errors import check_shape
 
@@ -233,3 +237,34 @@ async def test_sigterm_ends_the_process_in_time_although_a_client_never_reads() 
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_a_client_leaves_goes_without_the_collector(stream: bool) -> None:
+    """Answers that ended and ones that nobody waited for: else prompts and answers stay until everything is gone
+    through, which a server that is never idle does seldom."""
+    body = {"prompt": "hello", "max_tokens": 6, "n": 2, "stream": stream}
+
+    async def ask(server: Live) -> None:
+        chat = body | {"messages": [{"role": "user", "content": "hello"}]}
+        for path, given in ((COMPLETIONS, body), ("/v1/chat/completions", chat)):
+            async with server.http.post(server.url + path, json=given) as response:
+                assert response.status == 200
+                await response.read()
+        async with raw_client(server, body | {"max_tokens": 10_000}) as sock:
+            await until(lambda: server.engine.stats().num_running == 2)
+            if stream:
+                assert await asyncio.get_running_loop().sock_recv(sock, 100)
+        await server.all_free()
+
+    async with live(model=LONG, step_seconds=0.002) as server:
+        await ask(server)  # what the first requests leave is made once
+        gc.collect()
+        gc.disable()
+        try:
+            await ask(server)
+            await asyncio.sleep(0.05)
+            left = [type(one) for one in gc.get_objects() if isinstance(one, Request | TokenStream | Sequence)]
+        finally:
+            gc.enable()
+    assert not left

@@ -7,8 +7,9 @@ and `DeviceAttention` here, which runs everything: by kernels of ours on a GPU, 
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from engine.ops.triton.runtime import available, on_gpu
 
 logger = logging.getLogger("oneloop.cuda")
 
+# What kernels of ours do.
+DECODE, PROMPTS, LARGE_TILES = "decode", "prompts", "large tiles of prompts"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 # Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
 HeadNorms = tuple[Tensor, Tensor, float]
@@ -164,8 +167,8 @@ class DeviceAttention:
         self.windows: dict[int, int | None] = {number: layer.window for number, layer in self.layers.items()}
         self.num_pages = num_pages
         self.num_groups = len(groups)
-        # Layers for which our kernels did not run.
-        self._by_torch: set[int] = set()
+        # What our kernels were found not to run for: of DECODE, PROMPTS and LARGE_TILES, and of the layers.
+        self._not_ours: set[tuple[str, int]] = set()
         self._widths = spec.buffer_widths(groups)
         places = dict(zip(spec.owners, places_of(groups, len(spec.owners)), strict=True))
         self._places = {number: places[layer.own(number)] for number, layer in self.layers.items()}
@@ -223,51 +226,60 @@ class DeviceAttention:
 
         wait: blocks until the device has done what was issued.
         """
-        self.settle_ours(wait, prompts=True)
+        self.settle_ours(wait, (DECODE, PROMPTS, LARGE_TILES), self.layers)
 
-    def settle_ours(self, wait: Callable[[], None], *, prompts: bool) -> None:
-        """Run our kernels once for layers of every shape and window: where one does not, such layers go by torch.
+    def settle_ours(self, wait: Callable[[], None], works: Iterable[str], layers: Iterable[int]) -> None:
+        """Run our kernels once for layers of every shape and window: what does not run goes another way from then on.
 
-        Not every GPU has the memory that their tiles ask for. prompts: whether those of prompts are wanted, too.
+        Not every GPU has the memory that their tiles ask for. And a kernel is compiled here, while nobody waits for it.
+        works: which of DECODE, PROMPTS and LARGE_TILES.
         """
         alike: dict[object, list[int]] = {}
-        for number, layer in self.layers.items():
-            if self.has_kernel(number):
-                sizes = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
-                alike.setdefault((*sizes, layer.softcap, repr(self.windows[number])), []).append(number)
-        for numbers in alike.values():
+        for number in layers:
+            layer, window = self.layers[number], self.windows[number]
+            sizes = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
+            alike.setdefault((*sizes, layer.softcap, layer.sinks, window), []).append(number)
+        for numbers, work in itertools.product(alike.values(), works):
+            if not (self.has_kernel if work == DECODE else self.has_prompt_kernel)(numbers[0]):
+                continue
             try:
-                self._run_ours(numbers[0], prompts)
+                self._run_ours(numbers[0], work)
                 wait()
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a compiler may raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                logger.warning("our kernels do not run for heads of %d: %s", self.layers[numbers[0]].head_dim, reason)
-                self._by_torch.update(numbers)
+                what = f"our kernel of {work} does not run for heads of {self.layers[numbers[0]].head_dim}: {reason}"
+                logger.log(logging.INFO if work == LARGE_TILES else logging.WARNING, what)
+                self._not_ours.update((work, number) for number in numbers)
 
-    def _run_ours(self, number: int, prompts: bool) -> None:
-        """One token by every tile that steps may take."""
+    def _run_ours(self, number: int, work: str) -> None:
+        """One token by the kernels that steps may take."""
         from engine.ops.triton import attention
         from engine.ops.triton import prompts as of_prompts
 
         spec, pools = self.layers[number], (self.k_pools[number], self.v_pools[number])
         seen: dict[str, Any] = {"window": self.windows[number], "softcap": spec.softcap}
+        if spec.sinks:
+            seen["sinks"] = torch.zeros(spec.num_heads, device=self.device)
         q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
-        ones = torch.ones(2, dtype=torch.int32, device=self.device)
-        starts = ones.cumsum(0, dtype=torch.int32) - 1
-        for parts in (1, 2):
-            attention.decode_attention(q, *pools, ones[None] - 1, ones[:1], spec.scale, parts=parts, **seen)
-        for queries in (1, 2**20) if prompts else ():
-            tile = of_prompts.tile_of(max(spec.head_dim, spec.value_dim), self.dtype, self.kv_dtype, queries, 1)
-            where = starts, starts, ones - 1, ones[:1]
-            of_prompts.prompt_attention(q, *pools, *where, spec.scale, max_len=1, tile=tile, **seen)
+        table = torch.zeros(1, 64, dtype=torch.int32, device=self.device)
+        one, starts = table[0, :1] + 1, table[0, :2] + torch.arange(2, dtype=torch.int32, device=self.device)
+        if work == DECODE:
+            most = attention.most_parts(spec.num_kv_heads, q, self.num_pages * self.page_size)
+            for parts in (1 << power for power in range(most.bit_length() + 1)):
+                attention.decode_attention(q, *pools, table, one, spec.scale, parts=parts, **seen)
+            return
+        where = starts, starts, table[0], one
+        largest = of_prompts.LARGE if work == LARGE_TILES else of_prompts.SMALL
+        of_prompts.prompt_attention(q, *pools, *where, spec.scale, max_len=1, queries=largest, **seen)
 
     def describe(self) -> str:
         """One line for the start-up table."""
-        ways = {self.has_kernel(layer) for layer in self.layers}
-        names = {True: "our kernels (Triton)", False: "torch (slow)"}
-        return names[ways.pop()] if len(ways) == 1 else "our kernels (Triton), torch (slow) in some layers"
+        ours = [has(layer) for layer in self.layers for has in (self.has_kernel, self.has_prompt_kernel)]
+        if not any(ours):
+            return "torch (slow)"
+        return "our kernels (Triton)" + ("" if all(ours) else ", torch (slow) for prompts or in some layers")
 
     def choices(self) -> list[int | None]:
         """Kinds of layers, by their window, that could decode in more than one way: see executor/cuda_attention.py."""
@@ -336,9 +348,15 @@ class DeviceAttention:
         return found.flatten(pages.dim() - 1, pages.dim())
 
     def has_kernel(self, layer: int) -> bool:
-        """Whether a layer goes by kernels of ours: in 16 bits, heads that their tiles have room for, and they run."""
-        if layer in self._by_torch:
-            return False
+        """Whether a layer's decode rows go by a kernel of ours."""
+        return (DECODE, layer) not in self._not_ours and self._fits_ours(layer)
+
+    def has_prompt_kernel(self, layer: int) -> bool:
+        """Whether a layer's prompts do."""
+        return (PROMPTS, layer) not in self._not_ours and self._fits_ours(layer)
+
+    def _fits_ours(self, layer: int) -> bool:
+        """Numbers of 16 bits, and heads that the tiles of our kernels have room for."""
         spec = self.layers[layer]
         fits = max(spec.head_dim, spec.value_dim) <= 256 and spec.num_heads <= 32 * spec.num_kv_heads
         return self.device.type == "cuda" and available() and self.dtype in KERNEL_DTYPES and fits
@@ -397,10 +415,10 @@ class DeviceAttention:
         out: Tensor | None = None,
     ) -> Tensor:
         """q [T, Hq, D] -> [T, Hq, Dv], in `out` if there is one. sizes: of the rows, see there."""
-        if not self.has_kernel(layer):
+        if not self.has_prompt_kernel(layer):
             result = self.torch_prefill_rows(layer, q, rows, sizes, sinks)
             return result if out is None else out.copy_(result)
-        from engine.ops.triton.prompts import prompt_attention
+        from engine.ops.triton.prompts import LARGE, SMALL, prompt_attention
 
         assert rows.on_device is not None
         spec, indices = self.layers[layer], rows.kv_indices[self.group_of[layer]]
@@ -409,7 +427,8 @@ class DeviceAttention:
         seen: dict[str, Any] = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
         where = starts, first_pages, indices, kv_len
         longest = max(length for length, _, _ in sizes)
-        return prompt_attention(q, *pools, *where, spec.scale, max_len=longest, out=out, **seen)
+        most = SMALL if (LARGE_TILES, layer) in self._not_ours else LARGE
+        return prompt_attention(q, *pools, *where, spec.scale, max_len=longest, most=most, out=out, **seen)
 
     def torch_prefill_rows(
         self, layer: int, q: Tensor, rows: Ragged, sizes: list[tuple[int, int, int]], sinks: Tensor | None = None

@@ -27,6 +27,9 @@ from torch import Tensor
 from engine.groups import MemoryGroup
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.device import (
+    DECODE,
+    LARGE_TILES,
+    PROMPTS,
     DecodeAttention,
     DecodePlan,
     DecodeStep,
@@ -51,6 +54,8 @@ XQA_WORKSPACE_BYTES = 128 * 1024 * 1024
 # Every wrapper comes with so much memory of its own for plans, on the device and pinned.
 PLAN_BYTES = 8 * 1024 * 1024
 
+# Larger batches fill the GPU with one row and KV head each: there is nothing to plan.
+MOST_PLANNED = 64
 # What DeviceAttention does itself: by kernels of ours on a GPU, else by torch.
 OURS = "ours"
 
@@ -159,7 +164,8 @@ class Backend(DeviceAttention):
         if not timed:
             way = self._decode_ways[window]
             return way, OURS if way == "wrapper" else way
-        return timed[min((each for each in timed if each >= size), default=max(timed))]
+        way, unplanned = timed[min((each for each in timed if each >= size), default=max(timed))]
+        return (unplanned if size > MOST_PLANNED else way), unplanned
 
     @property
     def workspace_bytes(self) -> int:
@@ -174,15 +180,17 @@ class Backend(DeviceAttention):
         if prefills == decodes == {OURS}:
             reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.shape.head_dim}"
             return f"{super().describe()}{reason}"
-        has_ours = all(self.has_kernel(layer) for layer in self.layers)
-        ours = "our kernel" if has_ours else "torch (slow) in some layers"
-        names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: ours}
+        decoded, filled = (
+            "our kernel" if all(map(has, self.layers)) else "torch (slow) in some layers"
+            for has in (self.has_kernel, self.has_prompt_kernel)
+        )
+        names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: decoded}
         # auto is fa2 or fa3, as the first plan has found.
         found = {
             way if way == OURS else self._prefills[self.kinds_of(window)[0], 0]._backend
             for window, way in self._prefill_ways.items()
         }
-        prefill = " and ".join(names.get(way, way) for way in sorted(found))
+        prefill = " and ".join(filled if way == OURS else way for way in sorted(found))
         decode = " and ".join(names[way] for way in sorted(decodes))
         for way, sizes in sorted(self._exceptions().items()):
             decode += f" ({names[way]} for {', '.join(map(str, sizes))} rows, as was quicker)"
@@ -203,7 +211,7 @@ class Backend(DeviceAttention):
         A kernel is built when it is first asked for, which fails without a compiler or where FlashInfer may not
         build any.
         """
-        self.settle_ours(wait, prompts=not self._usable)
+        self.settle_ours(wait, (DECODE,) if self._usable else (DECODE, PROMPTS, LARGE_TILES), self.layers)
         if self._ours_decodes and not all(self.has_kernel(layer) for layer in self.layers):
             self._ours_decodes = False
             usual = "wrapper" if self._usable else OURS
@@ -223,6 +231,9 @@ class Backend(DeviceAttention):
                 self._decode_ways[window] = OURS
             if not self._unplanned(window) and self._prefill_ways[window] == "auto":
                 self._has("prefill (fa2)", window, self._try_packed, row, wait)
+        if self._usable:
+            left = [layer for layer in self.layers if self.prefills_by_rows(layer)]
+            self.settle_ours(wait, (PROMPTS, LARGE_TILES), left)
 
     def _has(self, what: str, window: Window, work: Any, *args: Any) -> bool:
         """Whether `work(window, *args)` finds its kernel, and it runs."""

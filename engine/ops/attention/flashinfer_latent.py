@@ -108,7 +108,7 @@ class Backend(DeviceAttention):
             reason = missing or (
                 f"; FlashInfer has no kernels for {self.dtype} with latents of {self.latent_dim} and {self.key_dim}"
             )
-            return f"torch (slow){reason}"
+            return f"{super().describe()}{reason}"
         prompts = f", prompts by torch (slow), as {self.shape.num_heads} heads do not divide 128"
         return f"FlashInfer MLA, {self._way}{'' if self.whole_tokens else prompts}{missing}"
 

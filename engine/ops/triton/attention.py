@@ -31,7 +31,8 @@ class Tile(NamedTuple):
     num_stages: int = 3
 
 
-@triton.jit
+# Numbers that change from step to step: one kernel for all of them.
+@triton.jit(do_not_specialize=["parts", "table_stride"])
 def _attend(
     q_ptr,
     k_ptr,
@@ -132,7 +133,7 @@ def _attend(
             tl.store(out_ptr + place[:, None] * VALUE_DIM + value_dim[None, :], found, mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _combine(
     part_ptr,
     most_ptr,
@@ -179,6 +180,12 @@ def tile_of(dim: int, *, widened: bool = False) -> Tile:
     if dim > 128 and widened:  # registers of a thread hold no more of them, in both types
         return Tile(32, num_stages=2)
     return Tile(num_stages=3 if 64 < dim <= 128 else 2)
+
+
+def most_parts(kv_heads: int, q: Tensor, tokens: int) -> int:
+    """The most that the context of a row of `tokens` is ever in."""
+    dim = q.shape[2]
+    return parts_of(kv_heads, tile_of(dim).tokens, tokens, BUSY // (dim * q.itemsize))
 
 
 def decode_attention(

@@ -21,6 +21,8 @@ from engine.ops.triton.pdl import launch_options, overlap
 
 # Programs that fill an H100 or H200, one a multiprocessor.
 BUSY = 132
+# Queries of a tile.
+SMALL, LARGE = 64, 128
 
 
 class Tile(NamedTuple):
@@ -251,15 +253,20 @@ def _attend_prompts(
     tl.store(out_at, found.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def tile_of(dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, queries: int, others: int) -> Tile:
+def queries_of(queries: int, others: int) -> int:
     """Tiles of 128 queries read least; of 64 where there would be too few, or half of one would be empty.
 
-    dim: the larger of a key's and a value's. queries: tokens times heads of a KV head, of the longest row. others:
-    rows times KV heads, so many programs there are for each tile of theirs.
+    queries: tokens times heads of a KV head, of the longest row. others: rows times KV heads, so many programs there
+    are for each tile of theirs.
     """
+    return SMALL if queries <= SMALL or -(-queries // LARGE) * others < BUSY else LARGE
+
+
+def tile_of(dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, queries: int) -> Tile:
+    """dim: the larger of a key's and a value's. queries: SMALL or LARGE."""
     if dtype == torch.float32:  # without tensor cores, and for comparison alone
         return Tile(16, 16, 4, 1)
-    few = queries <= 64 or -(-queries // 128) * others < BUSY
+    few = queries == SMALL
     if dim <= 128:
         return Tile(64, 64, 4, 3) if few else Tile(128, 64, 8, 3)
     # Of sums alone a thread has 64 and 128 registers: four warps would not hold the first, nor would there be room for
@@ -282,6 +289,8 @@ def prompt_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    most: int = LARGE,
+    queries: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """q [T, Hq, D] -> [T, Hq, Dv] in its dtype. Row r has q[qo_indptr[r] : qo_indptr[r + 1]]: the last of its
@@ -289,7 +298,8 @@ def prompt_attention(
 
     k_pool, v_pool [pages, page_size, Hkv, D or Dv], heads and dims contiguous; qo_indptr, kv_indptr int32 [R + 1],
     kv_len int32 [R]. max_len: new tokens of the longest row. window: of tokens that a query sees, its own among them.
-    sinks [Hq]: a score that gets a weight and has no value.
+    sinks [Hq]: a score that gets a weight and has no value. most: queries of the largest tile that this GPU has room
+    for. queries: of the tile, SMALL or LARGE, if it is given.
     """
     tokens, num_heads, dim = q.shape
     _, page_size, kv_heads, value_dim = v_pool.shape
@@ -299,7 +309,8 @@ def prompt_attention(
     assert out.is_contiguous()
     rows, group = len(kv_len), num_heads // kv_heads
     if tile is None:
-        tile = tile_of(max(dim, value_dim), q.dtype, k_pool.dtype, max_len * group, rows * kv_heads)
+        wanted = min(most, queries_of(max_len * group, rows * kv_heads)) if queries is None else queries
+        tile = tile_of(max(dim, value_dim), q.dtype, k_pool.dtype, wanted)
     _attend_prompts[(kv_heads, triton.cdiv(max_len * group, tile.rows), rows)](
         q,
         k_pool,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.failures import raise_fatal
 from engine.recorder import stretch
 from engine.request import QueueFullError, RequestError
 from engine.text.grammar.blame import NO_VALUE, blame
@@ -99,6 +100,14 @@ class GrammarCompiler:
     def warm(self) -> bool:
         """Build the trie. Returns whether jump-ahead is possible: the tokenizer gives back every text exactly."""
         return self._vocabulary()[1]
+
+    def prepare(self) -> None:
+        """`warm` before anybody is served, who would stand still meanwhile; one that does not do is told of."""
+        try:
+            self.warm()
+        except BaseException as error:
+            raise_fatal(error)
+            logger.exception("no grammar can be held to this vocabulary")
 
     def _vocabulary(self) -> tuple[LLTokenizer, bool]:
         with self._building:
