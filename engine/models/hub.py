@@ -19,10 +19,10 @@ IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 # Of several files of one model what most people take.
 USUAL = "Q4_K_M"
 
-# Short names, which are the Makefile's, and how each is had.
+# Names that are no ids, and how the model of each is had: the Makefile knows smollm2, and demo is the bundled model's.
 SHORT_NAMES = {"smollm2": "make serve MODEL=smollm2", "demo": "make serve without MODEL"}
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _WANTED = re.compile(r"[\w.-]{1,64}")
 
 
@@ -36,7 +36,11 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
     if not path_or_id:
         raise StartupError("no model is named; give a directory or a Hugging Face id")
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # a name that is too long, a directory that is closed to us
+        raise StartupError(f"{_shown(path_or_id)}: {error.strerror}") from error
+    if is_directory:
         # What is for transformers goes first: it is what other formats were made from.
         if not any(path.glob("*.safetensors")) and (found := find_gguf(path)) is not None:
             return found
@@ -48,32 +52,45 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
             f"{path}: is a file; a model is a directory with config.json and safetensors files, or a GGUF file"
         )
     if is_gguf(path):
-        raise StartupError(f"{path}: no such file")
-    if "/" not in path_or_id:
-        # The hub knows some old names without an owner, but what stands here is a misspelt one by far more often.
-        raise StartupError(_no_such_name(path_or_id))
+        raise StartupError(f"{_shown(str(path))}: no such file")
     repository, colon, wanted = path_or_id.partition(":")
     if not _HUB_ID.fullmatch(repository) or (colon and not _WANTED.fullmatch(wanted)):
-        raise StartupError(f"{path_or_id}: no such directory, and not a Hugging Face id (owner/name)")
+        raise StartupError(f"{_shown(path_or_id)}: no such directory, and not a Hugging Face id (owner/name)")
+    # The hub knows old names without an owner; what is all but a short name is that one, misspelt.
+    near = [] if "/" in repository else get_close_matches(repository.lower(), SHORT_NAMES, 1)
+    if near:
+        raise StartupError(_no_such_name(path_or_id, near[0]))
     try:
         return _download(repository, wanted, revision, download_dir)
     except StartupError:
         raise
     except Exception as error:  # the hub's own errors, HTTP, disk: a start that fails, whatever it was
-        raise StartupError(f"{path_or_id}: no such directory, and {_why(error, revision)}") from error
+        owner = "" if "/" in repository else "; old names may need their owner (owner/name)"
+        raise StartupError(f"{path_or_id}: no such directory, and {_why(error, revision)}{owner}") from error
 
 
-def _no_such_name(name: str) -> str:
+def _shown(name: str) -> str:
+    """A name as a line can hold it."""
+    return name if len(name) <= 255 else f"{name[:100]}...{name[-100:]}"
+
+
+def _no_such_name(name: str, near: str) -> str:
     if name in SHORT_NAMES:
         return f"{name}: no such directory or file; the model of this name is served by {SHORT_NAMES[name]}"
-    near = get_close_matches(name.lower(), SHORT_NAMES, 1)
-    meant = f"Did you mean {near[0]}? " if near else ""
     known = " and ".join(f"{short} ({how})" for short, how in SHORT_NAMES.items())
-    return f"{name}: no such directory or file, and not a Hugging Face id (owner/name). {meant}Short names are {known}"
+    return (
+        f"{name}: no such directory or file, and not a Hugging Face id (owner/name). Did you mean {near}? "
+        f"Short names are {known}"
+    )
 
 
 def _why(error: Exception, revision: str | None) -> str:
     """Why nothing came from the hub, whose own errors are of several lines and addresses."""
+    at = f" at revision {revision}" if revision else ""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    failed = f"the download{at} from the Hugging Face hub failed: {type(error).__name__}: {reason[:200]}"
+    if isinstance(error, ImportError):  # the hub's library may be what cannot be imported
+        return failed
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -83,11 +100,28 @@ def _why(error: Exception, revision: str | None) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the Hugging Face hub has no revision {revision} of it"
     if isinstance(error, errors.LocalEntryNotFoundError):
+        # Raised whenever no list of files came, by what the hub answered as well.
         silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
-        return f"{silent}, with nothing of it here from before"
-    at = f" at revision {revision}" if revision else ""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return f"the download{at} from the Hugging Face hub failed: {type(error).__name__}: {reason[:200]}"
+        if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):  # not in all versions
+            here = "what is here of it is incomplete"
+        else:
+            here = "nothing of this revision is here from before"
+        return f"{_answer(error) or silent}, and {here}"
+    return failed
+
+
+def _answer(error: BaseException | None) -> str:
+    """What the hub answered, where its answer caused an error; else empty."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) and (response := getattr(error, "response", None)) is not None:
+            status: int = response.status_code
+            hints = {403: " (this token may not read it)", 429: " (too many requests; try later)"}
+            hint = " (try later)" if status >= 500 else hints.get(status, "")
+            return f"the Hugging Face hub answered {status}{hint}"
+        error = error.__cause__
+    return ""
 
 
 def _download(repository: str, wanted: str, revision: str | None, cache_dir: str | None) -> Path:
