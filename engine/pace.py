@@ -109,7 +109,7 @@ class LoopWatch:
         self._collector = Collector()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._due_at = self._looked_at = self._used = 0.0
+        self._due_at = self._looked_at = self._used = self._waited = 0.0
         self._logged_at = -math.inf
         self._num_unlogged = 0
         self._tells = True
@@ -118,7 +118,8 @@ class LoopWatch:
         """tells: others wait for this loop, so a long lag is logged, and garbage collected when they do not."""
         self._tells = tells
         self._loop = asyncio.get_running_loop()
-        self._looked_at, self._used = self._loop.time(), _used()
+        self._looked_at, self._waited = self._loop.time(), _waited()
+        self._used = time.thread_time() + self._waited
         self._wait(self._looked_at)
 
     def stop(self) -> None:
@@ -134,7 +135,9 @@ class LoopWatch:
     def _look(self) -> None:
         assert self._loop is not None
         # The loop's own time is that of the turn's begin; what this turn did before is part of the lag.
-        now, used = time.monotonic(), _used()
+        now, ran, waited = time.monotonic(), time.thread_time(), _waited()
+        used, in_queue = ran + waited, waited - self._waited
+        self._waited = waited
         lag, seconds = max(0.0, now - self._due_at), max(1e-9, now - self._looked_at)
         utilisation = min(1.0, (used - self._used) / seconds)
         self._looked_at, self._used = now, used
@@ -142,24 +145,28 @@ class LoopWatch:
         self._metrics.loop_lag.observe(lag)
         self._pace.follow(utilisation, seconds)
         if lag > LONG_LAG_S and self._tells:
-            self._on_long_lag(lag, now)
+            self._on_long_lag(lag, now, in_queue)
         if self._tells:
             self._collector.look(now, is_idle=self._is_idle(), utilisation=utilisation)
         self._wait(time.monotonic())  # what was collected made nobody late
 
-    def _on_long_lag(self, lag: float, now: float) -> None:
+    def _on_long_lag(self, lag: float, now: float, in_queue: float) -> None:
         if now - self._logged_at < LOG_EVERY_S:
             self._num_unlogged += 1
             return
         more = f"; {self._num_unlogged} times more since the last line" if self._num_unlogged else ""
-        logger.warning("the event loop was %.0f ms late%s", 1e3 * lag, more)
+        # Not this server's fault, and nothing that it could mend.
+        busy = (
+            f" (the processors were busy: {1e3 * in_queue:.0f} ms in the queue for one)" if in_queue > lag / 2 else ""
+        )
+        logger.warning("the event loop was %.0f ms late%s%s", 1e3 * lag, busy, more)
         self._logged_at, self._num_unlogged = now, 0
 
 
-def _used() -> float:
-    """Seconds in which the calling thread ran, or waited for a processor."""
+def _waited() -> float:
+    """Seconds in which the calling thread waited for a processor."""
     waited = 0.0
     with contextlib.suppress(OSError, ValueError, IndexError):
         # Linux: ns on a processor, ns in the queue for one, time slices.
         waited = int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
-    return time.thread_time() + waited
+    return waited
