@@ -27,7 +27,8 @@ class Report:
             "date": now.isoformat(timespec="seconds"),
             "gpu": gpu,
             "versions": _versions(),
-            "command": sys.argv,
+            # The program by its name alone: where it lies is nobody's business.
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "rows": [],
         }
         name = gpu.lower().replace("nvidia ", "").replace(" ", "-")
