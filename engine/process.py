@@ -24,7 +24,7 @@ QUIET_SHARE, QUIET_OBJECTS = 0.05, 1_000
 
 
 def settle() -> None:
-    """Called once, when everything is loaded and nothing is served yet."""
+    """Called when everything is loaded and nothing is served yet."""
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
     gc.collect()
     gc.freeze()

@@ -16,20 +16,17 @@ from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.cuda.support import TINY
 
 
+def tiny() -> gpu.Subject:
+    """Of which a step of 40 tokens holds three prompts."""
+    sizes = {"max_num_seqs": 3, "max_num_batched_tokens": 40, "context": 12, "decode_tokens": 9}
+    return gpu.Subject("tiny", TINY, FakeDevice(0), torch.float32, **sizes)
+
+
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "WARM_STEPS", 2)
     monkeypatch.setattr(gpu, "settle", lambda: None)  # this process has other tests before it
     report = gpu.Report(tmp_path / "results", 1e9, "NVIDIA H200")
-    subject = gpu.Subject(
-        "tiny",
-        TINY,
-        FakeDevice(0),
-        torch.float32,
-        max_num_seqs=3,
-        max_num_batched_tokens=40,
-        context=12,
-        decode_tokens=9,
-    )
+    subject = tiny()
     gpu.bench_model(report, subject, [1, 3], bandwidth=1e9, flops=1e9)
     assert report.path.name.startswith("h200-")
     content = json.loads(report.path.read_text())
@@ -100,16 +97,7 @@ def test_what_steps_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
         ["0.0", "+", "1.0", "small"],
         ["10.0", "+", "5.0", "large"],
     ]
-    subject = gpu.Subject(
-        "tiny",
-        TINY,
-        FakeDevice(0),
-        torch.float32,
-        max_num_seqs=3,
-        max_num_batched_tokens=40,
-        context=12,
-        decode_tokens=9,
-    )
+    subject = tiny()
     with subject.layer.may_block():
         executor = subject.executor()
     lines = gpu_steps.look(subject, executor, 3, host=True)

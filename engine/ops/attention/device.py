@@ -271,8 +271,9 @@ class DeviceAttention:
                 attention.decode_attention(q, *pools, table, one, spec.scale, parts=parts, **seen)
             return
         where = starts, starts, table[0], one
-        largest = of_prompts.LARGE if work == LARGE_TILES else of_prompts.SMALL
-        of_prompts.prompt_attention(q, *pools, *where, spec.scale, max_len=1, queries=largest, **seen)
+        queries = of_prompts.LARGE if work == LARGE_TILES else of_prompts.SMALL
+        tile = of_prompts.tile_of(max(spec.head_dim, spec.value_dim), self.dtype, self.kv_dtype, queries)
+        of_prompts.prompt_attention(q, *pools, *where, spec.scale, max_len=1, tile=tile, **seen)
 
     def describe(self) -> str:
         """One line for the start-up table."""

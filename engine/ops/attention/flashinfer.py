@@ -126,7 +126,6 @@ class Backend(DeviceAttention):
         self._prefill_ways: dict[Window, str] = dict.fromkeys(windows, prefill if usable else OURS)
         self._ours_decodes = decode in ("auto", OURS) and all(self.has_kernel(layer) for layer in self.layers)
         way = OURS if not usable or self._ours_decodes else "wrapper"
-        self._usable = usable
         way = "xqa" if has_xqa and decode in ("auto", "xqa") else way
         self._decode_ways: dict[Window, str] = dict.fromkeys(windows, way)
         # What was found to be fastest for so many rows, by their number: of all ways, and of those without a plan.
@@ -211,10 +210,11 @@ class Backend(DeviceAttention):
         A kernel is built when it is first asked for, which fails without a compiler or where FlashInfer may not
         build any.
         """
-        self.settle_ours(wait, (DECODE,) if self._usable else (DECODE, PROMPTS, LARGE_TILES), self.layers)
+        usable = self._workspace is not None
+        self.settle_ours(wait, (DECODE,) if usable else (DECODE, PROMPTS, LARGE_TILES), self.layers)
         if self._ours_decodes and not all(self.has_kernel(layer) for layer in self.layers):
             self._ours_decodes = False
-            usual = "wrapper" if self._usable else OURS
+            usual = "wrapper" if usable else OURS
             self._decode_ways = {w: usual if way == OURS else way for w, way in self._decode_ways.items()}
         one = torch.ones(1, dtype=torch.int32)
         row = Ragged(self._of_groups(), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one)
@@ -231,7 +231,7 @@ class Backend(DeviceAttention):
                 self._decode_ways[window] = OURS
             if not self._unplanned(window) and self._prefill_ways[window] == "auto":
                 self._has("prefill (fa2)", window, self._try_packed, row, wait)
-        if self._usable:
+        if usable:
             left = [layer for layer in self.layers if self.prefills_by_rows(layer)]
             self.settle_ours(wait, (PROMPTS, LARGE_TILES), left)
 

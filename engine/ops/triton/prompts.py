@@ -290,7 +290,6 @@ def prompt_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
     most: int = LARGE,
-    queries: int | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """q [T, Hq, D] -> [T, Hq, Dv] in its dtype. Row r has q[qo_indptr[r] : qo_indptr[r + 1]]: the last of its
@@ -299,7 +298,7 @@ def prompt_attention(
     k_pool, v_pool [pages, page_size, Hkv, D or Dv], heads and dims contiguous; qo_indptr, kv_indptr int32 [R + 1],
     kv_len int32 [R]. max_len: new tokens of the longest row. window: of tokens that a query sees, its own among them.
     sinks [Hq]: a score that gets a weight and has no value. most: queries of the largest tile that this GPU has room
-    for. queries: of the tile, SMALL or LARGE, if it is given.
+    for, SMALL or LARGE.
     """
     tokens, num_heads, dim = q.shape
     _, page_size, kv_heads, value_dim = v_pool.shape
@@ -309,8 +308,8 @@ def prompt_attention(
     assert out.is_contiguous()
     rows, group = len(kv_len), num_heads // kv_heads
     if tile is None:
-        wanted = min(most, queries_of(max_len * group, rows * kv_heads)) if queries is None else queries
-        tile = tile_of(max(dim, value_dim), q.dtype, k_pool.dtype, wanted)
+        queries = min(most, queries_of(max_len * group, rows * kv_heads))
+        tile = tile_of(max(dim, value_dim), q.dtype, k_pool.dtype, queries)
     _attend_prompts[(kv_heads, triton.cdiv(max_len * group, tile.rows), rows)](
         q,
         k_pool,
