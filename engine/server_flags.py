@@ -56,7 +56,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--header-timeout", type=positive, metavar="S", help="cut off one that sends no whole request head"
     )
-    server.add_argument("--max-connections-per-address", type=not_negative_count, metavar="N", help="0 is any number")
+    server.add_argument(
+        "--max-connections-per-address",
+        type=not_negative_count,
+        metavar="N",
+        help="0 is any number; IPv6 counts by network of 64 bits",
+    )
     server.add_argument(
         "--max-host-memory",
         type=count,

@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from engine.addresses import household
 from engine.config import ServerOptions
 from server.protocol.errors import ApiError, error_response
 
@@ -49,7 +50,7 @@ class Connection(web.RequestHandler):
         peer = transport.get_extra_info("peername")
         # A path of a Unix socket is nobody's address.
         if options.max_connections_per_address and isinstance(peer, tuple):
-            self._address = str(peer[0])
+            self._address = household(str(peer[0]))
             bounds.by_address[self._address] += 1
             if bounds.by_address[self._address] > options.max_connections_per_address:
                 self._cut("address")

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOT_WORDS = {"config", "clock", "request", "forward", "stream", "metrics", "groups", "failures", "keys", "recorder"}
-ROOT_WORDS |= {"page_names", "history", "bounds"}
+ROOT_WORDS |= {"addresses", "page_names", "history", "bounds"}
 # What each part may import of ours, beside itself and the words at the root.
 ALLOWED = {
     "engine.words": set(),

@@ -24,6 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
+from engine.addresses import household
 from engine.config import StartupError, TransferOptions
 from engine.executor.base import DeviceMemory, PageMemory
 from engine.forward import Int32Array
@@ -216,13 +217,14 @@ class TcpConnector:
             except OSError:
                 time.sleep(0.1)  # it is closed, or there are too many open files
                 continue
-            if not self._has_place(address[0]):
+            house = household(address[0])
+            if not self._has_place(house):
                 peer.close()
                 continue
             try:
-                threading.Thread(target=self._serve, args=(peer, address[0]), name="kv-send", daemon=True).start()
+                threading.Thread(target=self._serve, args=(peer, house), name="kv-send", daemon=True).start()
             except RuntimeError:  # there are too many threads
-                self._is_known(address[0])
+                self._is_known(house)
                 peer.close()
 
     def _has_place(self, address: str) -> bool:
