@@ -157,7 +157,7 @@ async def decode(args: argparse.Namespace, options: TransferOptions) -> None:
     print(
         f"{args.shape}, {args.batch} rows, {args.threads or 'all'} threads: a step takes "
         f"{statistics.median(windows[False]) * 1e3:.1f} ms, while pages come {statistics.median(slower):+.1%} "
-        f"({min(slower):+.1%} to {max(slower):+.1%}), {moved / sum(windows[True]) / 1e9:.2f} GB/s of them"
+        f"({min(slower):+.1%} to {max(slower):+.1%}), {moved / (sum(windows[True]) * args.steps) / 1e9:.2f} GB/s of them"
     )
     for stream in streams:
         engine.abort(stream.request_id)
