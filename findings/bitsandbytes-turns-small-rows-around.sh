@@ -13,7 +13,7 @@ set -euo pipefail
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/venv"
-"$dir/venv/bin/pip" install --quiet bitsandbytes==0.50.2 torch==2.13.0 numpy
+"$dir/venv/bin/pip" install --quiet --no-compile bitsandbytes==0.50.2 torch==2.13.0 numpy
 "$dir/venv/bin/python" - <<'PY'
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
