@@ -28,7 +28,7 @@ DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 .PHONY: help install serve test kernels check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web bench-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
     import logging
 
     from engine.config import StartupError
-    from engine.flags import parse, shows_keys
+    from engine.flags import as_given, parse, shows_keys
 
     debug = False
     try:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
     except StartupError as error:
         if debug:
             logging.exception("start failed")
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_given(str(error), sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
