@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
 
     ends: the process is to end behind it, and is ended LEAVE_S after the drain where it does not.
     """
+    import gc
     import logging
 
     from engine.config import StartupError
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
+        from engine.process import begin
+
+        begin()
         from server import request_log
 
         request_log.set_up(log_level, config.server.log_format)
@@ -66,6 +70,8 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.enable()
 
 
 def check(config: EngineConfig) -> None:
@@ -119,20 +125,22 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     import functools
     import logging
 
-    from engine.process import settle
-    from engine.watchdog import Watchdog
-    from server.app import build_app
-    from server.serving import serve
-    from server.trace_file import TraceFile
-
     engine, report = built.engine, built.report
+    with report.phase("imports"):
+        from engine.process import settle
+        from engine.watchdog import Watchdog
+        from server.app import build_app
+        from server.serving import serve
+        from server.trace_file import TraceFile
+
     model = served_model(config, built)
     scheme = "http" if config.server.ssl_certfile is None else "https"
 
     def on_listening(host: str, port: int) -> None:
+        table = report.table()
         engine.metrics.startup_seconds = dict(report.phases)
-        model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
-        print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
+        model.server_info["startup_seconds"] = {**report.phases, "total": sum(report.phases.values())}
+        print(f"\noneloop is ready, process {os.getpid()}\n{table}\n", flush=True)
         print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
     stop, options = asyncio.Event(), config.server
@@ -159,7 +167,9 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     code = 1
     try:
         async with contextlib.AsyncExitStack() as stack:
-            app = build_app(engine, model, config.server)
+            # The trie of the vocabulary, which grammars walk, is most of this.
+            with report.phase("routes and grammars"):
+                app = build_app(engine, model, config.server)
             settle()
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
