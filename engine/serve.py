@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
 
         return uvloop.run(_run(config, built, Deadline() if ends else None))
     except StartupError as error:
+        gc.unfreeze()  # what libraries hold is let go at the end
         if debug:
             logging.exception("start failed")
         print(f"error: {as_given(str(error), sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
