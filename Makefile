@@ -28,7 +28,7 @@ DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 .PHONY: help install serve test kernels check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web bench-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
@@ -36,9 +36,13 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 
+# Else the first start compiles, or every one where the environment keeps Python from writing what it has compiled.
+COMPILE := $(BIN)/python -m compileall -q engine server
+
 $(VENV)/.run: pyproject.toml | $(BIN)/python
 	@echo "Installing oneloop and what it needs into $(VENV) (once) ..."
 	$(BIN)/python -m pip install --quiet -e '.$(RUN_EXTRAS)'
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml tests/cuda/requirements.txt | $(BIN)/python
@@ -46,6 +50,7 @@ $(VENV)/.dev: pyproject.toml tests/cuda/requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.$(DEV_EXTRAS)'
 	@$(if $(HAS_GPU),true,$(BIN)/python -m pip install --quiet --no-deps -r tests/cuda/requirements.txt) \
 	  || echo "FlashInfer could not be had: the dry run of the GPU path (tests/cuda/test_dry_run.py) will be skipped"
+	@$(COMPILE)
 	@touch $@ $(VENV)/.run
 
 install: $(VENV)/.run  ## make .venv with all that serving needs

@@ -120,29 +120,38 @@ class Spread:
         self.watching = False
         self._began: list[float] = []
         self._ended: list[float] = []
+        self._used: list[float] = []
 
     def watch(self) -> None:
         name = "publish"
         publish = getattr(Publisher, name)
 
         def timed(publisher: Publisher, result: StepResult) -> None:
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.thread_time()
             publish(publisher, result)
             if self.watching:
                 # The loop writes at the end of a turn what was sent in it.
-                asyncio.get_running_loop().call_soon(self._on_written, began)
+                asyncio.get_running_loop().call_soon(self._on_written, began, used)
 
         setattr(Publisher, name, timed)
 
-    def _on_written(self, began: float) -> None:
+    def _on_written(self, began: float, used: float) -> None:
         self._began.append(began)
         self._ended.append(time.perf_counter())
+        self._used.append(time.thread_time() - used)
 
     def percentiles(self) -> dict[str, list[float]]:
-        """Median, 99th and most, in seconds: from step to step; from a step to the end of its writes; from one such
-        end to the next."""
+        """Median, 99th and most, in seconds: from step to step; from a step to the end of its writes; what the loop's
+        thread computed in that time, the rest of which it waited for a processor or Python's lock; from one such end
+        to the next."""
         began, ended = np.array(self._began), np.array(self._ended)
-        found = {"steps": np.diff(began), "writing": ended - began, "ends": np.diff(ended)}
+        found = {
+            "steps": np.diff(began),
+            "writing": ended - began,
+            "own": np.array(self._used),
+            "waiting": ended - began - np.array(self._used),
+            "ends": np.diff(ended),
+        }
         return {name: np.percentile(of, [50, 99, 100]).tolist() for name, of in found.items() if len(of)}
 
 

@@ -215,7 +215,9 @@ def print_table(all_figures: list[Figures]) -> None:
             texts = {name: " / ".join([f"{value:.2f}" for value in of]) for name, of in one.spread_ms.items()}
             print(
                 f"{one.kind}, {one.streams} streams, ms at p50 / p99 / most: from step to step {texts.get('steps')}, "
-                f"from a step to the end of its writes {texts.get('writing')}, from end to end {texts.get('ends')}"
+                f"from a step to the end of its writes {texts.get('writing')} (the loop's own CPU of that "
+                f"{texts.get('own')}, without a processor or Python's lock {texts.get('waiting')}), from end to end "
+                f"{texts.get('ends')}"
             )
     peers = ", ".join(f"{name} {cost:.0f} us" for name, cost in PEERS.items())
     print(f"\nus of the loop thread's CPU a token; gaps in ms. Peers' front ends, one event a token: {peers}.")

@@ -29,6 +29,7 @@ from engine.models.mixers import RopeSpec
 from engine.models.quantisation import rounded_to
 from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec
+from engine.process import imported
 from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
@@ -376,7 +377,8 @@ def _build_executor(
             )
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
-    from engine.executor.start import Start
+    with report.phase("imports"):
+        from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
     if config.expert_parallel and config.tensor_parallel_size == 1:
@@ -385,14 +387,18 @@ def _build_executor(
         if device == "cuda":
             from engine.distributed import device_start
 
+            imported()
             return device_start.start(given)
         from engine.distributed import start
 
+        imported()
         return start.start(given)
     if device == "cuda":
         from engine.executor import cuda_start
 
+        imported()
         return cuda_start.start(given)
-    from engine.executor import cpu_start
-
+    with report.phase("imports"):
+        from engine.executor import cpu_start
+    imported()
     return cpu_start.start(given)

@@ -380,5 +380,10 @@ def _digest(key: str | bytes) -> bytes:
     return key if isinstance(key, bytes) else hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def shortened(word: str, most: int = 64) -> str:
+    """As an error shows what somebody wrote: its beginning."""
+    return word if len(word) <= most else f"{word[:most]}..."
+
+
 class StartupError(Exception):
     """The server cannot start; `str(error)` is one readable line. `serve.py` prints it and exits with 1."""

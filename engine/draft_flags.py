@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from engine.config import SpeculationOptions, StartupError
+from engine.config import SpeculationOptions, StartupError, shortened
 
 MAX_DRAFT_TOKENS = 128
 # Drafts of a row at most, where nobody says how many.
@@ -81,7 +81,7 @@ def draft_options(args: argparse.Namespace) -> SpeculationOptions:
         try:
             given = json.loads(text)
         except ValueError:
-            raise StartupError(f"{_FLAG}: '{text}' is not JSON") from None
+            raise StartupError(f"{_FLAG}: '{shortened(text)}' is not JSON") from None
         return options_from(given)
     return _from_sglang(sglang) if sglang else SpeculationOptions()
 
@@ -99,7 +99,7 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
         if value is None:
             return default
         if not check(value):
-            raise StartupError(f"{flag}: {key} must be {what}, not {json.dumps(value, default=str)}")
+            raise StartupError(f"{flag}: {key} must be {what}, not {shortened(json.dumps(value, default=str))}")
         return value
 
     def integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -126,7 +126,7 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
         method = "mtp"  # vLLM's older names, one for each family
     if method not in _DEFAULT_TOKENS:
         reason = _REASONS.get(method, f"it is none of {', '.join(_DEFAULT_TOKENS)}")
-        raise StartupError(f"{flag}: method {json.dumps(method)} is not supported: {reason}")
+        raise StartupError(f"{flag}: method {json.dumps(shortened(method))} is not supported: {reason}")
     if method in ("ngram", "suffix"):
         if model not in (None, method, f"[{method}]"):
             raise StartupError(f"{flag}: method {method} takes no model")
@@ -148,7 +148,7 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
     if low > high:
         raise StartupError(f"{flag}: prompt_lookup_min {low} is more than prompt_lookup_max {high}")
     if method != "suffix" and (stray := next((key for key in left if key.startswith("suffix_decoding_")), None)):
-        raise StartupError(f"{flag}: {stray} is of method suffix")
+        raise StartupError(f"{flag}: {shortened(stray)} is of method suffix")
     options = SpeculationOptions(
         method=method,
         model=model,
@@ -179,7 +179,8 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
             if value is None or (key in _HARMLESS and value == _HARMLESS[key]):
                 continue
             raise StartupError(f"{flag}: {key} is not supported: {_REFUSED[key]}")
-        raise StartupError(f"{flag}: {json.dumps(key)} is no key of it; known are {', '.join(sorted(known))}")
+        shown = json.dumps(shortened(key))
+        raise StartupError(f"{flag}: {shown} is no key of it; known are {', '.join(sorted(known))}")
     if options.use_vocabulary_map and method != "draft_model":
         raise StartupError(f"{flag}: use_heterogeneous_vocab is of method draft_model")
     return options

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from engine.config import RESERVED_TEMPLATE_KWARGS
+from engine.config import RESERVED_TEMPLATE_KWARGS, shortened
 
 
 def count(text: str) -> int:
@@ -74,7 +74,7 @@ def json_object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+        raise argparse.ArgumentTypeError(f"'{shortened(text)}' is not a JSON object")
     return value
 
 

@@ -6,6 +6,7 @@ What is not listed does not exist: an unknown flag ends the start with a line th
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +20,7 @@ from engine.config import (
     SchedulerOptions,
     StartupError,
     StreamOptions,
+    shortened,
 )
 from engine.draft_flags import add_draft_flags, draft_options
 from engine.flag_types import count, fraction, given, interval, not_negative, positive, show_defaults
@@ -73,7 +75,10 @@ def _one(text: str) -> int:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print two screens of usage before it."""
-        self.exit(2, f"error: {message} ({self.meant(message)}--help lists the flags)\n")
+        # Beside words that nobody knows there are lists of spellings, and paths.
+        most = 64 if message.startswith("unrecognized") else 256
+        shown = " ".join(shortened(word, most) for word in message.split(" "))
+        self.exit(2, f"error: {shown} ({self.meant(message)}--help lists the flags)\n")
 
     def meant(self, message: str) -> str:
         """Of a message about flags that nobody knows, which ones may have been meant. None is taken in their place."""
@@ -442,6 +447,18 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
 def shows_keys(argv: Sequence[str]) -> bool:
     """Whether a key stands on the command line."""
     return any(word.partition("=")[0] in ("--api-key", "--admin-api-key") for word in argv)
+
+
+def as_given(message: str, argv: Sequence[str]) -> str:
+    """A message, with flags by the spelling that was used of them."""
+    used = {word.partition("=")[0] for word in argv}
+    for action in make_parser()._actions:
+        names = [name for name in action.option_strings if name.startswith("--") and not name.startswith("--no-")]
+        spelled = [name for name in names if name in used]
+        for name in names:
+            if spelled and name not in spelled:
+                message = re.sub(rf"(?<![\w-]){name}(?![\w-])", spelled[0], message)
+    return message
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[EngineConfig, str]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import shortened
+
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 MAX_KEYS = 10_000
@@ -74,7 +76,7 @@ def _read_entry(where: str, value: Any) -> KeyEntry:
     known = {"name", "sha256", *KeyEntry.__dataclass_fields__} - {"digest"}
     unknown = sorted(str(name) for name in value.keys() - known)
     if unknown:
-        raise ValueError(f"{where}: there is no field '{unknown[0][:64]}'; there are {', '.join(sorted(known))}")
+        raise ValueError(f"{where}: there is no field '{shortened(unknown[0])}'; there are {', '.join(sorted(known))}")
     name, given = value.get("name"), value.get("sha256")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{where}: `name` must be 1 to 64 letters, digits, dots, dashes, underscores or @")

@@ -416,7 +416,7 @@ class _Job:
             )
             for index, (delta, _) in enumerate(done)
         ]
-        ids = self.requests[0].prompt_token_ids
+        ids = list(self.requests[0].prompt_token_ids)
         return RequestOutput(self.prompt, ids, outputs, first.num_cached_tokens, first.prompt_logprobs)
 
 

@@ -118,7 +118,7 @@ class LoopWatch:
         """tells: others wait for this loop, so a long lag is logged, and garbage collected when they do not."""
         self._tells = tells
         self._loop = asyncio.get_running_loop()
-        self._looked_at, self._waited = self._loop.time(), _waited()
+        self._looked_at, self._waited = self._loop.time(), waited()
         self._used = time.thread_time() + self._waited
         self._wait(self._looked_at)
 
@@ -135,9 +135,9 @@ class LoopWatch:
     def _look(self) -> None:
         assert self._loop is not None
         # The loop's own time is that of the turn's begin; what this turn did before is part of the lag.
-        now, ran, waited = time.monotonic(), time.thread_time(), _waited()
-        used, in_queue = ran + waited, waited - self._waited
-        self._waited = waited
+        now, ran, queued = time.monotonic(), time.thread_time(), waited()
+        used, in_queue = ran + queued, queued - self._waited
+        self._waited = queued
         lag, seconds = max(0.0, now - self._due_at), max(1e-9, now - self._looked_at)
         utilisation = min(1.0, (used - self._used) / seconds)
         self._looked_at, self._used = now, used
@@ -163,10 +163,10 @@ class LoopWatch:
         self._logged_at, self._num_unlogged = now, 0
 
 
-def _waited() -> float:
+def waited() -> float:
     """Seconds in which the calling thread waited for a processor."""
-    waited = 0.0
+    seconds = 0.0
     with contextlib.suppress(OSError, ValueError, IndexError):
         # Linux: ns on a processor, ns in the queue for one, time slices.
-        waited = int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
-    return waited
+        seconds = int(_SCHEDSTAT.read_bytes().split()[1]) / 1e9
+    return seconds

@@ -7,8 +7,12 @@ young, or late; those that cost more come while nothing runs.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import math
+import os
 import sys
+import threading
+from pathlib import Path
 
 # Objects more than went, at which what is new since is looked through: a millisecond. Smaller means as much in all.
 NEW = 5_000
@@ -23,11 +27,48 @@ QUIET_S, BETWEEN_S = 1.0, 60.0
 QUIET_SHARE, QUIET_OBJECTS = 0.05, 1_000
 
 
+def begin() -> threading.Thread | None:
+    """Called before anything large is imported. Returns the thread that maps torch's largest library, if one does.
+
+    Until `imported` no garbage is collected: what is imported stays, and to look through it over and over takes a
+    twelfth of the imports' time.
+    """
+    gc.disable()
+    # OpenMP reads its settings when it is loaded, which is with that library.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    found = importlib.util.find_spec("torch")
+    places = () if found is None else found.submodule_search_locations or ()
+    library = next((path for place in places if (path := Path(place, "lib", "libtorch_cpu.so")).is_file()), None)
+    # Where there are GPUs torch looks for its libraries in more places.
+    if library is None or (library.parent / "libtorch_cuda.so").exists():
+        return None
+    # A process that ends is to wait for it: half a library cannot be left.
+    thread = threading.Thread(target=_map, args=(library,), name="torch's library")
+    thread.start()
+    return thread
+
+
+def _map(library: Path) -> None:
+    """Relocating it is a sixth of torch's import, which keeps Python's lock meanwhile, as a foreign function does not.
+    Where it cannot be mapped, the import says so."""
+    import ctypes
+
+    ctypes.CDLL(None).dlopen(os.fsencode(library), ctypes.c_int(os.RTLD_NOW))
+
+
+def imported() -> None:
+    """Behind `begin`, when all that is large is imported; without it, in somebody else's process, this does nothing."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def settle() -> None:
     """Called when everything is loaded and nothing is served yet."""
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(NEW, MOST_YOUNG, MOST_OLD)
     # A thread that computes in Python (a template, a large body) gives the loop its turn after this and not after 5 ms,
     # and a busy loop the executor's thread.

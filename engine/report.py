@@ -29,9 +29,17 @@ class StartupReport:
     def total_seconds(self) -> float:
         return time.perf_counter() - self.started_at
 
+    def finish(self) -> float:
+        """The start is over. Returns its seconds, which those of the phases add up to: "other" is in none of them."""
+        total = self.total_seconds
+        self.phases["other"] = 0.0
+        self.phases["other"] = total - sum(self.phases.values())
+        return total
+
     def table(self) -> str:
-        """The rows and the phases as aligned text."""
-        phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.phases.items())
-        rows = [*self.rows, ("start-up", f"{self.total_seconds:.2f} s ({phases})")]
+        """The rows and the phases as aligned text. Finishes."""
+        total = self.finish()
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
+        rows = [*self.rows, ("start-up", f"{total:.2f} s ({phases})")]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"  {name:<{width}}  {text}" for name, text in rows)

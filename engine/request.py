@@ -311,7 +311,7 @@ class Transfer:
 class Request:
     """One prompt that becomes one sequence. `n` choices are n requests that meet again in the radix tree.
 
-    prompt_token_ids: at least one id.
+    prompt_token_ids: at least one id; a long prompt's are an array.
     stream: False means that nobody looks before the end, so no text is made per token.
     constraint: its state is this request's own.
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
@@ -325,7 +325,7 @@ class Request:
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: Sequence[int]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stream: bool = True
     namespace: str = ""

@@ -30,15 +30,19 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
 
     ends: the process is to end behind it, and is ended LEAVE_S after the drain where it does not.
     """
+    import gc
     import logging
 
     from engine.config import StartupError
-    from engine.flags import parse, shows_keys
+    from engine.flags import as_given, parse, shows_keys
 
     debug = False
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
+        from engine.process import begin
+
+        begin()
         from server import request_log
 
         request_log.set_up(log_level, config.server.log_format)
@@ -60,12 +64,15 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
 
         return uvloop.run(_run(config, built, Deadline() if ends else None))
     except StartupError as error:
+        gc.unfreeze()  # what libraries hold is let go at the end
         if debug:
             logging.exception("start failed")
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_given(str(error), sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+    finally:
+        gc.enable()
 
 
 def check(config: EngineConfig) -> None:
@@ -119,20 +126,22 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     import functools
     import logging
 
-    from engine.process import settle
-    from engine.watchdog import Watchdog
-    from server.app import build_app
-    from server.serving import serve
-    from server.trace_file import TraceFile
-
     engine, report = built.engine, built.report
+    with report.phase("imports"):
+        from engine.process import settle
+        from engine.watchdog import Watchdog
+        from server.app import build_app
+        from server.serving import serve
+        from server.trace_file import TraceFile
+
     model = served_model(config, built)
     scheme = "http" if config.server.ssl_certfile is None else "https"
 
     def on_listening(host: str, port: int) -> None:
+        table = report.table()
         engine.metrics.startup_seconds = dict(report.phases)
-        model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
-        print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
+        model.server_info["startup_seconds"] = {**report.phases, "total": sum(report.phases.values())}
+        print(f"\noneloop is ready, process {os.getpid()}\n{table}\n", flush=True)
         print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
     stop, options = asyncio.Event(), config.server
@@ -159,7 +168,9 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     code = 1
     try:
         async with contextlib.AsyncExitStack() as stack:
-            app = build_app(engine, model, config.server)
+            # The trie of the vocabulary, which grammars walk, is most of this.
+            with report.phase("routes and grammars"):
+                app = build_app(engine, model, config.server)
             settle()
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))

@@ -73,13 +73,14 @@ def read_model(flags: Sequence[str], replicas: str = "1", cpus: float = 1.0) -> 
 
 def read_plan(args: Mapping[str, Any]) -> Plan:
     """The `args` of a deploy file. Raises StartupError, which names the key."""
-    from engine.config import StartupError
+    from engine.config import StartupError, shortened
 
     def known(given: Any, keys: set[str], where: str) -> Mapping[str, Any]:
         if not isinstance(given, Mapping):
             raise StartupError(f"{where} must be a mapping, not {given!r}")
         if unknown := sorted(given.keys() - keys):
-            raise StartupError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(keys))}")
+            shown = shortened(str(unknown[0]))
+            raise StartupError(f"{where}: unknown key {shown!r}; known are {', '.join(sorted(keys))}")
         return given
 
     def number(name: str, default: float, given: Mapping[str, Any]) -> float:

@@ -5,6 +5,8 @@ Made by the responder for the requests that ask; the others never come here. Loo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.request import Request, SamplingParams
 from engine.stream import Delta, TokenLogprob
 from engine.text.detokenizer import IncrementalDetokenizer
@@ -122,7 +124,7 @@ class Logprobs:
             top.setdefault(self._spelling.text(token_id), max(logprob, LOWEST))
         return top
 
-    def _follow(self, token_ids: list[int]) -> None:
+    def _follow(self, token_ids: Sequence[int]) -> None:
         """Count the characters of what comes after these tokens."""
         if self._spelling.tokenizer is not None:
             given = self._request.sampling

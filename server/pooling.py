@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _AT_ONCE = 32
 async def pool(
     request: web.Request,
     response_id: str,
-    prompts: list[list[int]],
+    prompts: Sequence[Sequence[int]],
     pooling: Pooling | list[Pooling],
     terms: Terms,
 ) -> list[Vector]:

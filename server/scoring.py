@@ -54,7 +54,7 @@ async def run_scores(request: web.Request, plan: ScorePlan, response_id: str) ->
     return [cosine(found[one], found[other]) for one, other in plan.pairs], sum(map(len, prompts))
 
 
-async def _pairs_for(state: State, head: Classifier, plan: ScorePlan) -> tuple[list[list[int]], list[Pooling]]:
+async def _pairs_for(state: State, head: Classifier, plan: ScorePlan) -> tuple[Sequence[Sequence[int]], list[Pooling]]:
     """Each pair as the tokenizer joins two texts, or as the chat template does where it reads queries and documents."""
     assert head.pooling != "all"
     if _knows_pairs(state.model.chat_template):
@@ -71,7 +71,7 @@ def _knows_pairs(template: ChatTemplate | None) -> bool:
     return all(re.search(f"[\"']{role}[\"']", source) for role in ("query", "document"))
 
 
-async def _pair_prompts(state: State, plan: ScorePlan) -> list[list[int]]:
+async def _pair_prompts(state: State, plan: ScorePlan) -> Sequence[Sequence[int]]:
     """Each pair as the model's chat template writes it."""
     template = state.model.chat_template
     assert template is not None, "checked at start"

@@ -88,7 +88,7 @@ async def test_a_loop_that_is_held_is_seen(
     busy: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """busy: others had the processor most of the time, which is no fault of the server's."""
-    monkeypatch.setattr(pace_module, "_waited", lambda: 0.9 * time.monotonic() if busy else 0.0)
+    monkeypatch.setattr(pace_module, "waited", lambda: 0.9 * time.monotonic() if busy else 0.0)
     metrics, pace = EngineMetrics(model_name="tiny"), Pace()
     watch = LoopWatch(metrics, pace)
     watch.start()

@@ -1,16 +1,26 @@
-"""Collector: which collection of garbage comes when, as the collector itself tells it; what a crowd leaves goes."""
+"""What a start does to its process, and the Collector: which collection of garbage comes when, as the collector itself
+tells it; what a crowd leaves goes."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import subprocess
+import sys
+import time
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.process import BETWEEN_S, IDLE_OLD, IDLE_YOUNG, MOST_OLD, MOST_YOUNG, NEW, QUIET_S, QUIET_YOUNG, Collector
+from engine.report import StartupReport
 
+ROOT = Path(__file__).parent.parent
+_TORCH = importlib.util.find_spec("torch")
+_LIBRARIES = Path(next(iter((_TORCH and _TORCH.submodule_search_locations) or [""])), "lib")
 TENTH = 0.1
 
 
@@ -163,3 +173,57 @@ def test_who_has_switched_the_collector_off_is_left_alone(seen: list[int]) -> No
     finally:
         gc.enable()
     assert not seen
+
+
+def run(code: str) -> str:
+    """What a process of its own prints."""
+    return subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def test_a_start_collects_no_garbage_before_all_is_imported() -> None:
+    printed = run(
+        "import gc\n"
+        "from engine.process import begin, imported\n"
+        "begin()\n"
+        "class Kept: pass\n"
+        "seen = []\n"
+        "gc.callbacks.append(lambda phase, info: seen.append(phase))\n"
+        "kept = [Kept() for _ in range(200_000)]\n"
+        "print(seen, gc.get_freeze_count())\n"
+        "imported()\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 200_000)\n"
+    )
+    assert printed == "[] 0\nTrue True\n"
+
+
+def test_in_somebody_elses_process_nothing_is_frozen() -> None:
+    assert run("import gc\nfrom engine.process import imported\nimported()\nprint(gc.get_freeze_count())") == "0\n"
+
+
+def test_torchs_library_is_mapped_beside_what_is_imported() -> None:
+    if not (_LIBRARIES / "libtorch_cpu.so").is_file() or (_LIBRARIES / "libtorch_cuda.so").exists():
+        pytest.skip("torch is another one here")
+    printed = run(
+        "import sys\n"
+        "from engine.process import begin\n"
+        "thread = begin()\n"
+        "assert thread is not None, 'nothing was mapped'\n"
+        "thread.join()\n"
+        "print('libtorch_cpu.so' in open('/proc/self/maps').read(), 'torch' in sys.modules)\n"
+        "import torch\n"
+        "print(torch.ones(3).sum().item())\n"
+    )
+    assert printed == "True False\n3.0\n"
+
+
+def test_the_phases_add_up_to_the_start() -> None:
+    report = StartupReport(time.perf_counter() - 100.0)
+    report.phases["imports"] = 60.0
+    with report.phase("imports"):
+        pass
+    with report.phase("torch"):
+        pass
+    table = report.table()
+    assert sum(report.phases.values()) == pytest.approx(100.0, abs=10.0)
+    assert 30.0 < report.phases["other"] < 50.0
+    assert "(imports 60.00, other " in table and "torch" not in table

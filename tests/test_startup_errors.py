@@ -313,6 +313,15 @@ def test_damaged_model(name: str, start: Callable[..., str]) -> None:
 
 FLAGS: dict[str, tuple[list[str], str]] = {
     "context": (["--max-model-len", "1000"], "--max-model-len 1000 is more than the model was made for: 256"),
+    "context-otherwise": (
+        ["--context-length", "1000"],
+        "--context-length 1000 is more than the model was made for: 256",
+    ),
+    "drafts-key": (
+        ["--speculative-config", json.dumps({"method": "ngram", "k" * 500: 1})],
+        f'--speculative-config: "{"k" * 64}..." is no key of it; known are ',
+    ),
+    "drafts-json": (["--speculative-config", "x" * 500], f"--speculative-config: '{'x' * 64}...' is not JSON"),
     "cache-large": (["--num-gpu-blocks-override", "1000000000000"], "a KV cache of 1,000,000,000,000 pages takes"),
     "cache-small": (["--kv-cache-memory-bytes", "100"], "the KV cache would hold no page"),
     "cache-twice": (["--kv-cache-gb", "1", "--max-total-tokens", "9"], "the size of the KV cache is given 2 times"),
@@ -320,6 +329,10 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "transfer-key": (
         ["--kv-transfer-config", '{"kv_connector": "TcpConnector", "kv_role": "kv_both", "rank": 1}'],
         "--kv-transfer-config: 'rank' is not known here; known are enable_permute_local_kv, engine_id, ",
+    ),
+    "transfer-long": (
+        ["--kv-transfer-config", json.dumps({"kv_connector": "TcpConnector", "kv_role": "kv_both", "k" * 500: 1})],
+        f"--kv-transfer-config: '{'k' * 64}...' is not known here; known are ",
     ),
     "policy": (["--schedule-policy", "luck"], "unknown schedule policy 'luck'; known are: "),
     "admin-key": (["--admin-api-key", ""], "--admin-api-key: the key is empty"),
@@ -399,6 +412,8 @@ def test_as_a_command(whole: Path, tmp_path: Path) -> None:
         (["--kv-cache-dt=int8"], "unrecognized arguments: --kv-cache-dt=int8 (did you mean --kv-cache-dtype? --help"),
         (["--max_num_seqs=3"], "unrecognized arguments: --max_num_seqs=3 (did you mean --max-num-seqs? --help"),
         (["--prot", "1", "--modle=x"], "unrecognized arguments: --prot --modle=x (did you mean --port and --model? --"),
+        (["--" + "x" * 500], f"unrecognized arguments: --{'x' * 62}... (--help lists the flags)"),
+        (["--seed", "x" * 500], f"argument --seed/--random-seed: invalid int value: '{'x' * 255}... (--help"),
         (["--swap-space"], "unrecognized arguments: --swap-space (--help lists the flags)"),
         (["--enable-metrics", "--tp", "two"], "argument --tensor-parallel-size/-tp/--tp/"),
         (["--pp-size", "2"], "argument --pipeline-parallel-size/-pp/--pp-size/"),

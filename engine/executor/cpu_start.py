@@ -48,7 +48,8 @@ def start(given: Start) -> CPUExecutor:
     chosen = available_cores() if encodes else choose_threads(weight_bytes(given.spec, given.directory, dtype))
     threads = config.num_threads or chosen
     torch.set_num_threads(threads)
-    report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
+    of = "" if config.num_threads else f" of {available_cores()} cores (by the model's size; --threads sets them)"
+    report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}{of}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
         if config.lora.max_lora_mib is not None:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engine.config import LoraModule, LoraOptions, StartupError
+from engine.config import LoraModule, LoraOptions, StartupError, shortened
 
 MAX_LORAS = 1024
 _NAME_KEYS, _PATH_KEYS = ("name", "lora_name"), ("path", "lora_path")
@@ -24,15 +24,16 @@ def _module(text: str) -> LoraModule:
         path = path if equals else text
         name = name if equals else Path(path).name
         if not name or not path:
-            raise argparse.ArgumentTypeError(f"'{text}' is not NAME=PATH")
+            raise argparse.ArgumentTypeError(f"'{shortened(text)}' is not NAME=PATH")
         return LoraModule(name, path)
     try:
         given: Any = json.loads(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text[:200]}' is no JSON object") from None
+        raise argparse.ArgumentTypeError(f"'{shortened(text)}' is no JSON object") from None
     unknown = sorted(given.keys() - _KNOWN)
     if unknown:
-        raise argparse.ArgumentTypeError(f"an adapter has no '{unknown[0]}'; it has {', '.join(sorted(_KNOWN))}")
+        names = ", ".join(sorted(_KNOWN))
+        raise argparse.ArgumentTypeError(f"an adapter has no '{shortened(unknown[0])}'; it has {names}")
     own_name = next((given[key] for key in _NAME_KEYS if key in given), None)
     own_path = next((given[key] for key in _PATH_KEYS if key in given), None)
     base, pinned = given.get("base_model_name"), given.get("pinned", False)

@@ -65,8 +65,10 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
     except StartupError:
         raise
     except Exception as error:  # the hub's own errors, HTTP, disk: a start that fails, whatever it was
-        owner = "" if "/" in repository else "; old names may need their owner (owner/name)"
-        raise StartupError(f"{path_or_id}: no such directory, and {_why(error, revision)}{owner}") from error
+        # A word is hardly one of the hub's old names without an owner, of which something might be here.
+        is_word = "/" not in repository
+        owner = "; old names may need their owner (owner/name)" if is_word else ""
+        raise StartupError(f"{path_or_id}: no such directory, and {_why(error, revision, is_word)}{owner}") from error
 
 
 def _shown(name: str) -> str:
@@ -84,8 +86,8 @@ def _no_such_name(name: str, near: str) -> str:
     )
 
 
-def _why(error: Exception, revision: str | None) -> str:
-    """Why nothing came from the hub, whose own errors are of several lines and addresses."""
+def _why(error: Exception, revision: str | None, brief: bool) -> str:
+    """Why nothing came from the hub, whose own errors are of several lines and addresses. brief: not what is here."""
     at = f" at revision {revision}" if revision else ""
     reason = " ".join(str(error).split()) or type(error).__name__
     failed = f"the download{at} from the Hugging Face hub failed: {type(error).__name__}: {reason[:200]}"
@@ -102,6 +104,8 @@ def _why(error: Exception, revision: str | None) -> str:
     if isinstance(error, errors.LocalEntryNotFoundError):
         # Raised whenever no list of files came, by what the hub answered as well.
         silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
+        if brief:
+            return _answer(error) or silent
         if isinstance(error, getattr(errors, "IncompleteSnapshotError", ())):  # not in all versions
             here = "what is here of it is incomplete"
         else:

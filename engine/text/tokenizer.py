@@ -10,10 +10,11 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import tokenizers
 
@@ -21,8 +22,11 @@ from engine.config import StartupError
 from engine.recorder import stretch
 from engine.request import QueueFullError, RequestError
 from engine.text.added_tokens import named_tokens, read_json, settle_added_tokens
+from engine.text.long_texts import PIECE, cut_text, packed
 from engine.text.pieces import Opening, PieceRule, Pieces, Texts, compile_rule
 from engine.text.segments import Segments, cut_tokens
+
+R = TypeVar("R")
 
 # Encoding costs about 0.35 us a character, and a hop to the pool and back about 0.1 ms of the loop's time: below
 # this a prompt delays the loop by less than one small step, above it the hop is the cheaper half.
@@ -127,10 +131,26 @@ class Tokenizer:
         """Ids of a text. Raises RequestError for text that has no UTF-8 (a lone surrogate)."""
         if not add_special_tokens and len(text) > INLINE_CHARACTERS:
             return self._segments.encode(text)
-        return self._encode_whole(text, add_special_tokens=add_special_tokens)
+        return self._encode_special(text) if add_special_tokens else self._encode_bare(text)
 
     def _encode_bare(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in cut_text(text, self._encode_piece):
+            ids += self._encode_piece(piece)
+        return ids
+
+    def _encode_piece(self, text: str) -> list[int]:
         return self._encode_whole(text, add_special_tokens=False)
+
+    def _encode_special(self, text: str) -> list[int]:
+        """With special tokens before and behind it, which are found by those of its beginning."""
+        if len(text) > 2 * PIECE:
+            head = text[:INLINE_CHARACTERS]
+            framed, bare = self._encode_whole(head, add_special_tokens=True), self._encode_piece(head)
+            for before in range(len(framed) - len(bare) + 1):
+                if framed[before : before + len(bare)] == bare:
+                    return framed[:before] + self.encode(text, add_special_tokens=False) + framed[before + len(bare) :]
+        return self._encode_whole(text, add_special_tokens=True)
 
     def _encode_whole(self, text: str, *, add_special_tokens: bool) -> list[int]:
         try:
@@ -146,14 +166,20 @@ class Tokenizer:
         """`encode` that never holds the loop for long. Raises QueueFullError when too many texts wait."""
         if len(text) <= INLINE_CHARACTERS:
             return self.encode(text, add_special_tokens=add_special_tokens)
+        return await self._in_pool(lambda: self.encode(text, add_special_tokens=add_special_tokens))
+
+    async def prompt_ids(self, text: str, *, add_special_tokens: bool = True) -> Sequence[int]:
+        """`encode_async` of what may be a long prompt, whose ids are then an array."""
+        if len(text) <= INLINE_CHARACTERS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        return await self._in_pool(lambda: packed(self.encode(text, add_special_tokens=add_special_tokens)))
+
+    async def _in_pool(self, work: Callable[[], R]) -> R:
         if self._waiting >= MAX_WAITING_ENCODES:
             raise QueueFullError("Too many prompts wait to be tokenized; try again later.")
         self._waiting += 1
-        future = asyncio.get_running_loop().run_in_executor(
-            self.pool, lambda: self.encode(text, add_special_tokens=add_special_tokens)
-        )
         try:
-            return await future
+            return await asyncio.get_running_loop().run_in_executor(self.pool, work)
         finally:
             self._waiting -= 1
 

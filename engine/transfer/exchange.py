@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.cache.kv_cache import SequencePages
+from engine.cache.kv_cache import SequencePages, TokenIds
 from engine.cache.node import Snapshot
 from engine.clock import Clock, Timer
 from engine.config import StartupError, TransferOptions
@@ -542,7 +542,7 @@ def _adapter_of(sequence: Sequence) -> str | None:
     return None if adapter is None else adapter.digest
 
 
-def _digest(tokens: list[int], count: int) -> str:
+def _digest(tokens: TokenIds, count: int) -> str:
     return hashlib.sha256(np.array(tokens[:count], np.int32).tobytes()).hexdigest()
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.config import StartupError, TransferOptions
+from engine.config import StartupError, TransferOptions, shortened
 
 FLAG = "--kv-transfer-config"
 ROLES = ("kv_both", "kv_producer", "kv_consumer")
@@ -49,7 +49,7 @@ def options_from(args: argparse.Namespace) -> TransferOptions:
     try:
         given = json.loads(args.kv_transfer_config)
     except ValueError:
-        raise StartupError(f"{FLAG}: '{args.kv_transfer_config[:200]}' is not JSON") from None
+        raise StartupError(f"{FLAG}: '{shortened(args.kv_transfer_config)}' is not JSON") from None
     return parse(given, os.environ)
 
 
@@ -68,7 +68,7 @@ def parse(given: Any, environment: Mapping[str, str]) -> TransferOptions:
         known.add(key if where is left else f"kv_connector_extra_config.{key}")
         value = where.pop(key, default)
         if value is not default and not good(value):
-            raise StartupError(f"{FLAG}: {key} must be {what}, not {json.dumps(value)[:200]}")
+            raise StartupError(f"{FLAG}: {key} must be {what}, not {shortened(json.dumps(value))}")
         return value
 
     def integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -112,9 +112,9 @@ def parse(given: Any, environment: Mapping[str, str]) -> TransferOptions:
             value = left.pop(key)
             if value not in _FIXED[key]:
                 said = " or ".join(map(json.dumps, _FIXED[key])) or "nothing"
-                raise StartupError(f"{FLAG}: {key} can only be {said} here, not {json.dumps(value)[:200]}")
+                raise StartupError(f"{FLAG}: {key} can only be {said} here, not {shortened(json.dumps(value))}")
     for unknown in (*left, *(f"kv_connector_extra_config.{key}" for key in extra)):
-        raise StartupError(f"{FLAG}: '{unknown[:200]}' is not known here; known are {', '.join(sorted(known))}")
+        raise StartupError(f"{FLAG}: '{shortened(unknown)}' is not known here; known are {', '.join(sorted(known))}")
     if _is_wildcard(host):
         raise StartupError(f"{FLAG}: kv_ip {host} is no address at which another server could find this one")
     others = {"keep_timeout_s": float(timeout), "receive_timeout_s": receive, "kept_share": share}

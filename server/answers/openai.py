@@ -77,7 +77,7 @@ class OpenAIAnswer:
                 if plan.return_token_ids:
                     choice["token_ids"] = delta.token_ids
                     if not plan.chat:
-                        choice["prompt_token_ids"] = request.prompt_token_ids
+                        choice["prompt_token_ids"] = list(request.prompt_token_ids)
                 if plan.prompt_logprobs is not None and not plan.chat:
                     choice["prompt_logprobs"] = vllm_prompt_logprobs(of_prompt, plan.prompt_logprobs, self._spelling)
                 choices.append(choice)
@@ -101,7 +101,7 @@ class OpenAIAnswer:
         plan = self._plan
         shown: Json = {}
         if plan.chat and plan.return_token_ids:
-            shown["prompt_token_ids"] = plan.requests[0].prompt_token_ids
+            shown["prompt_token_ids"] = list(plan.requests[0].prompt_token_ids)
         if plan.prompt_text is not None:
             shown["prompt_text"] = plan.prompt_text
         return shown
@@ -168,7 +168,7 @@ class OpenAIAnswer:
             choice["token_ids"] = delta.token_ids
         if self._owes_prompt[index]:
             self._owes_prompt[index] = False
-            choice["prompt_token_ids"] = plan.requests[index].prompt_token_ids
+            choice["prompt_token_ids"] = list(plan.requests[index].prompt_token_ids)
         beside = kept_pages(self._streams[index : index + 1]) if delta.finish_reason is not None else {}
         return before + self._chunks.choice(choice, self._running_usage(), **beside)
 

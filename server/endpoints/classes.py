@@ -47,7 +47,7 @@ async def pooling(request: web.Request) -> web.Response:
     return _answer(response_id, plan.model, await written(vectors, item), plan.prompts)
 
 
-def _answer(response_id: str, model: str, items: Sequence[object], prompts: list[list[int]]) -> web.Response:
+def _answer(response_id: str, model: str, items: Sequence[object], prompts: Sequence[Sequence[int]]) -> web.Response:
     return json_response(
         {
             "id": response_id,

@@ -33,7 +33,7 @@ async def tokenize(request: web.Request) -> web.Response:
         {
             "count": len(tokens),
             "max_model_len": state.model.max_model_len,
-            "tokens": tokens,
+            "tokens": list(tokens),
             "token_strs": [tokenizer.id_to_token(token) for token in tokens] if with_strings else None,
         }
     )

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -56,7 +55,7 @@ class Body:
         """Raises RequestError unless `data` is one JSON object. A large one belongs in a thread."""
         try:
             values = json_pieces.loads(data)
-        except orjson.JSONDecodeError as error:
+        except ValueError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from None
         if not isinstance(values, dict):
             raise RequestError("The body must be a JSON object.")

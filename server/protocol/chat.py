@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -205,7 +205,7 @@ def is_begun(message: dict[str, Any], state: State) -> bool:
     return bool(message.get("content") or thought)
 
 
-async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
+async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, Sequence[int]]:
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
     text, ids, _, _ = await _encode(body, state, tools, None)
     return text, ids
@@ -213,7 +213,7 @@ async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[st
 
 async def _encode(
     body: Body, state: State, tools: ToolPlan, reasoning: ReasoningFamily | None
-) -> tuple[str, list[int], ReasoningState, ReasoningFamily | None]:
+) -> tuple[str, Sequence[int], ReasoningState, ReasoningFamily | None]:
     """encode_messages, and where the prompt leaves the model in its reasoning: "none" where no family is given; with
     the family as the prompt has opened it."""
     template, tokenizer = state.model.chat_template, state.tokenizer
@@ -238,7 +238,7 @@ async def _encode(
         text, thinking, reasoning = render()
     else:
         text, thinking, reasoning = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
-    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens), thinking, reasoning
+    return text, await tokenizer.prompt_ids(text, add_special_tokens=add_special_tokens), thinking, reasoning
 
 
 def _render(

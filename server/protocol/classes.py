@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.models.spec import Classifier
@@ -24,7 +25,7 @@ class PoolingPlan:
     """activation: what numbers go through. normalize: vectors are scaled to length 1. base64: so they are written."""
 
     model: str
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]
     pooling: Pooling
     activation: str
     normalize: bool
@@ -48,6 +49,7 @@ async def parse_classify(body: Body, state: State) -> PoolingPlan:
     model = read_model(body, state.model)
     head = classifier_of(state.model)
     refuse(body, CLASSIFIER_REFUSALS)
+    prompts: Sequence[Sequence[int]]
     if body.has("messages"):
         if body.has("input"):
             raise invalid("input", "and `messages` cannot both be given")
@@ -81,7 +83,7 @@ async def parse_pooling(body: Body, state: State) -> PoolingPlan:
     return PoolingPlan(model, prompts, pooling, activation, normalize, base64, read_terms(body, state))
 
 
-async def _read_input(body: Body, state: State) -> list[list[int]]:
+async def _read_input(body: Body, state: State) -> Sequence[Sequence[int]]:
     body.string("user", None)
     add_special_tokens = body.boolean("add_special_tokens", True)
     given = read_prompts(body, "input", state.model.model_config.vocab_size, MAX_INPUTS)

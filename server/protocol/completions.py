@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -33,6 +34,7 @@ async def parse_completion(
     add_special_tokens = body.boolean("add_special_tokens", True)
     rows = state.model.model_config.vocab_size
     given = await aside(body, partial(read_prompts, body, "prompt", rows, MAX_PROMPTS))
+    prompts: Sequence[Sequence[int]]
     if suffix := body.string("suffix", ""):
         infill = find_infill(state, "suffix")
         texts = [prompt for prompt in given if isinstance(prompt, str)]

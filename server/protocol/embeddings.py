@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.models.abilities import Abilities
@@ -22,7 +23,7 @@ class EmbeddingPlan:
     """dimensions: numbers of each vector that are answered. normalize: they are scaled to length 1."""
 
     model: str
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]
     pooling: Pooling
     dimensions: int
     normalize: bool

@@ -18,6 +18,8 @@ import orjson
 
 # Bytes of a piece: 0.3 ms of numbers or small objects.
 PIECE = 16 * 1024
+# Broken JSON of more is not parsed as a whole to say where: building what comes before that takes 20 ms a megabyte.
+WHOLE = 1024 * 1024
 # The parser's own limit; what is deeper is left to it to refuse.
 MAX_DEPTH = 1024
 
@@ -31,36 +33,59 @@ Positions = npt.NDArray[np.int64]
 
 
 def loads(data: bytes, give_way: Callable[[], None] = lambda: time.sleep(2e-5)) -> Any:
-    """What `orjson.loads` gives, and its errors. give_way: called between two pieces."""
+    """What `orjson.loads` gives, and its errors; of much JSON a ValueError that says about where. give_way: called
+    between two pieces."""
     if len(data) <= PIECE:
         return orjson.loads(data)
+    reader = _Reader(data, give_way)
     try:
-        return _Reader(data, give_way).value(0, len(data), 0)
-    except (_Unclear, orjson.JSONDecodeError):
-        # The whole says what is wrong, and where.
-        return orjson.loads(data)
+        reader.find_structure()
+        return reader.value(0, len(data), 0)
+    except (_Unclear, orjson.JSONDecodeError) as error:
+        if len(data) > WHOLE and reader.has_structure:
+            what = str(error) if isinstance(error, _Unclear) else error.msg
+            raise ValueError(f"{what}, near byte {reader.place}") from None
+    # The whole says what is wrong, and where.
+    return orjson.loads(data)
 
 
 class _Unclear(Exception):
     """The structure is not that of JSON, or too deep."""
 
+    def __init__(self, what: str = "brackets, quotes and commas do not fit together") -> None:
+        super().__init__(what)
+
 
 class _Reader:
+    """place: of what was read last. has_structure: there are brackets; a mere string is cheap as a whole."""
+
     def __init__(self, data: bytes, give_way: Callable[[], None]) -> None:
         self._data = data
         self._give_way = give_way
-        array = np.frombuffer(data, np.uint8)
+        self.place = 0
+        self.has_structure = False
+
+    def find_structure(self) -> None:
+        array = np.frombuffer(self._data, np.uint8)
         quotes = array == _QUOTE
         self._drop_escaped(array, quotes)
         self._quotes: Positions = np.flatnonzero(quotes)
-        outside = (np.cumsum(quotes, dtype=np.uint8) & 1) == 0
+        # As bytes: numpy keeps the lock while it makes numbers of booleans.
+        outside = (np.cumsum(quotes.view(np.uint8), dtype=np.uint8) & 1) == 0
         # 0x20 apart: { and [, } and ].
         folded = array | 0x20
         opens = (folded == ord("{")) & outside
         closes = (folded == ord("}")) & outside
         places = np.flatnonzero(opens | closes)
         levels = np.cumsum(np.where(opens[places], 1, -1))
-        if not len(places) or levels.min() < 0 or levels[-1] != 0 or levels.max() > MAX_DEPTH:
+        self.has_structure = bool(len(places))
+        if not len(places):
+            raise _Unclear
+        if levels.max() > MAX_DEPTH:
+            self.place = int(places[np.argmax(levels > MAX_DEPTH)])
+            raise _Unclear(f"more than {MAX_DEPTH} brackets are open")
+        if levels.min() < 0 or levels[-1] != 0:
+            self.place = int(places[np.argmax(levels < 0)]) if levels.min() < 0 else len(array)
             raise _Unclear
         commas = np.flatnonzero((array == _COMMA) & outside)
         # Of each comma how many brackets are open.
@@ -82,7 +107,7 @@ class _Reader:
 
     def value(self, start: int, end: int, depth: int) -> Any:
         """The value in data[start:end]; depth: brackets that are open around it."""
-        data = self._data
+        data, self.place = self._data, start
         if end - start <= PIECE:
             return self._piece(data[start:end])
         while start < end and data[start] in _SPACE:
@@ -105,6 +130,8 @@ class _Reader:
         first, last = np.searchsorted(self._depths, [depth, depth + 1])
         commas = self._commas[first:last]
         low, high = np.searchsorted(commas, [start, end])
+        if low == high and not self._data[start:end].strip(_SPACE):
+            return items if is_list else fields
         edges = [start - 1, *commas[low:high].tolist(), end]
         place = 0
         while place < len(edges) - 1:
@@ -121,7 +148,7 @@ class _Reader:
                     colon, name = self._name(begin, stop)
                     fields[name] = self.value(colon + 1, stop, depth)
             else:
-                text = self._data[begin:stop]
+                text, self.place = self._data[begin:stop], begin
                 # Nothing between two commas is an error, and would be none in brackets of its own.
                 part = self._piece(b"[%b]" % text if is_list else b"{%b}" % text)
                 if not part:

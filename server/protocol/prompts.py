@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from functools import partial
 
+from engine.text.long_texts import MIN_PACKED, copied
 from engine.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 from server.protocol.body import Body, are_token_ids, invalid
 from server.state import State
@@ -31,19 +32,21 @@ def read_prompts(body: Body, name: str, vocab_size: int, most: int) -> list[str 
 
 async def encode_prompts(
     state: State, prompts: Sequence[str | list[int]], *, add_special_tokens: bool, most: int | None = None
-) -> list[list[int]]:
+) -> list[Sequence[int]]:
     """The ids of each prompt; those beyond `most` are cut off its end."""
-    encoded: list[list[int]] = []
+    encoded: list[Sequence[int]] = []
     for prompt in prompts:
-        ids = prompt
-        if isinstance(ids, str):
-            ids = await state.tokenizer.encode_async(ids, add_special_tokens=add_special_tokens)
+        ids: Sequence[int]
+        if not isinstance(prompt, str):
+            ids = prompt if len(prompt) < MIN_PACKED else await asyncio.to_thread(copied, prompt)
+        else:
+            ids = await state.tokenizer.prompt_ids(prompt, add_special_tokens=add_special_tokens)
             # Short texts are encoded on the loop; a thousand of them must not hold it.
             if len(prompts) > 1:
                 await asyncio.sleep(0)
         if most is not None and len(ids) > most:
             ids = (
-                await _cut(state.tokenizer, prompt, ids, most)
+                await _cut(state.tokenizer, prompt, list(ids), most)
                 if add_special_tokens and isinstance(prompt, str)
                 else ids[:most]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class LabelPlan:
     """SGLang's form of /v1/score: the probabilities of tokens after each prompt. relative: among themselves."""
 
     model: str
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]
     pooling: Pooling
     relative: bool
     terms: Terms

@@ -4,6 +4,7 @@ those of our own routes. Its errors have a shape of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ _KINDS = {413: "Validation", 422: "Tokenizer", 424: "Backend", 429: "Overloaded"
 class PredictPlan:
     """many: the answer is a list of lists. activation: what the numbers go through."""
 
-    prompts: list[list[int]]
+    prompts: Sequence[Sequence[int]]
     poolings: list[Pooling]
     labels: tuple[str, ...]
     activation: str

@@ -192,6 +192,20 @@ def test_part_of_a_model_is_here(offline: bool, answered: bool, silent: str, mon
         resolve("owner/name")
 
 
+def test_of_a_word_it_is_not_said_what_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **options: Any) -> str:
+        raise of_hub(errors.LocalEntryNotFoundError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(StartupError) as caught:
+        resolve("nosuch")
+    assert str(caught.value) == (
+        "nosuch: no such directory, and the Hugging Face hub cannot be reached; "
+        "old names may need their owner (owner/name)"
+    )
+
+
 def test_without_the_hubs_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(StartupError) as caught:

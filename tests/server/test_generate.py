@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.models.generation import GenerationDefaults
+from engine.text.long_texts import MIN_PACKED
 from tests.server.support import Live, live, served_model, text_of, tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -250,6 +251,35 @@ async def test_long_conversations_are_rendered_off_the_loop() -> None:
         messages = [{"role": "user", "content": "word " * 5000}]
         status, body = await server.post(CHAT, {"messages": messages, "max_tokens": 1})
         assert status == 200 and body["usage"]["prompt_tokens"] > 4000
+
+
+async def test_what_a_prompt_of_many_ids_is_asked_is_answered() -> None:
+    """They are kept as an array, which is no list to whoever shows them, compares them or puts something behind."""
+    async with live(model=served_model(max_model_len=65536)) as server:
+        text = "Once upon a time there was a fox. " * 2000
+        ids = tokenizer().encode(text)
+        assert len(ids) > MIN_PACKED
+        asked = {"max_tokens": 2, "return_token_ids": True}
+        for prompt in (text, ids):
+            status, body = await server.post(COMPLETIONS, {"prompt": prompt, "echo": True, "logprobs": 0, **asked})
+            assert status == 200, body
+            [choice] = body["choices"]
+            assert choice["prompt_token_ids"] == ids and choice["text"].startswith(text)
+            assert choice["logprobs"]["tokens"][0] == "Once"
+        status, body = await server.post(COMPLETIONS, {"prompt": [ids, ids], "n": 2, "best_of": 3, "max_tokens": 1})
+        assert status == 200 and body["usage"]["prompt_tokens"] == 2 * len(ids)
+        messages = [{"role": "user", "content": text}]
+        status, body = await server.post(CHAT, {"messages": messages, **asked})
+        assert status == 200 and text in tokenizer().decode(body["prompt_token_ids"])
+        _, found = await server.post("/tokenize", {"messages": messages})
+        assert found["tokens"] == body["prompt_token_ids"]
+        sampling = {"max_new_tokens": 2}
+        status, body = await server.post(
+            "/generate", {"text": text, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+        )
+        assert status == 200 and body["meta_info"]["prompt_tokens"] == len(ids)
+        status, body = await server.post("/completion", {"prompt": ["Well,", text], "n_predict": 1})
+        assert status == 200, body
 
 
 async def test_a_model_without_template_says_so() -> None:

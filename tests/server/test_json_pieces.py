@@ -82,6 +82,46 @@ def test_what_is_no_json(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_json_is_never_parsed_as_a_whole(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(json_pieces, "WHOLE", 0)
+    monkeypatch.setattr(json_pieces, "PIECE", rng.choice([1, 2, 7, 40]))
+    for _ in range(100):
+        given = {"a": value(rng, 4), "b": [], "c": {}}
+        space = rng.choice([None, None, 1])
+        data = json.dumps(given, ensure_ascii=rng.random() < 0.5, indent=space).encode()
+        data = data.replace(b"{}", b"{" + b" \n" * 40 + b"}")
+        assert outcome(json_pieces.loads, data) == outcome(orjson.loads, data), data
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b'{"messages": "' + b"x" * 2_000_000, "near byte 2000014"),
+        (b"[" * 2_000_000, "more than 1024 brackets are open, near byte 1024"),
+        (b"[" + b"1, " * 500_000 + b"oops" + b", 1" * 500_000 + b"]", "expected value|unexpected character"),
+        (b"{}" + b" " * 2_000_000 + b"}", "near byte 2000002"),
+    ],
+)
+def test_of_much_broken_json_no_whole_is_parsed(data: bytes, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = orjson.loads
+
+    class Watched:
+        JSONDecodeError = orjson.JSONDecodeError
+
+        @staticmethod
+        def loads(piece: bytes) -> Any:
+            sizes.append(len(piece))
+            return real(piece)
+
+    monkeypatch.setattr(json_pieces, "orjson", Watched)
+    with pytest.raises(ValueError, match=what):
+        json_pieces.loads(data)
+    assert max(sizes, default=0) <= 9 * json_pieces.PIECE
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -9,10 +9,13 @@ import json
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
+from engine.config import shortened
+
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 
 
 def at(where: str, key: str) -> str:
+    key = shortened(key)
     return f"{where}.{key}" if where else key
 
 

@@ -24,6 +24,7 @@ FAULTS: list[tuple[Any, str]] = [
     ({"properties": {"a": {"pattern": "a^b"}, "b": {"pattern": "c^d"}}, "type": "object"}, "`pattern` at `properties."),
     ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "pattern": "x^"}}}, "`pattern` at `$defs.a.pattern`"),
     ({"properties": {"a": {"minimum": "x"}}}, "`minimum` that is no number (at `properties.a`)"),
+    ({"properties": {"k" * 500: {"minimum": "x"}}}, f"no number (at `properties.{'k' * 53}...`)"),
     ({"properties": {"a": {"items": [{"uniqueItems": "yes"}]}}}, "`uniqueItems`"),
     ({"properties": {"a": 3}}, "`properties` with no schema for 'a'"),
     ({"items": {"properties": []}}, "`properties` that is no object (at `items`)"),
