@@ -153,11 +153,12 @@ async def decode(args: argparse.Namespace, options: TransferOptions) -> None:
         windows[reads].append((time.perf_counter() - began) / args.steps)
         if future is not None:
             await asyncio.wrap_future(future)
+    rate = moved / (sum(windows[True]) * args.steps)
     slower = [loud / quiet - 1 for quiet, loud in zip(windows[False], windows[True], strict=True)]
     print(
         f"{args.shape}, {args.batch} rows, {args.threads or 'all'} threads: a step takes "
         f"{statistics.median(windows[False]) * 1e3:.1f} ms, while pages come {statistics.median(slower):+.1%} "
-        f"({min(slower):+.1%} to {max(slower):+.1%}), {moved / (sum(windows[True]) * args.steps) / 1e9:.2f} GB/s of them"
+        f"({min(slower):+.1%} to {max(slower):+.1%}), {rate / 1e9:.2f} GB/s of them"
     )
     for stream in streams:
         engine.abort(stream.request_id)
