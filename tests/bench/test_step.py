@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from bench import step
+from engine.recorder import Recorder, Tracer, read_steps
 
 
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,11 +46,19 @@ def test_what_looking_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert row[0] == "4" and float(row[1]) > 0.0 and row[2].endswith("%") and row[4].endswith("%") and float(row[5])
 
 
-def test_a_watched_loop_records_its_steps() -> None:
-    loop = step.RecordedLoop(4, 60)
-    assert not loop.recorder.steps
-    loop.recorder.watch()
-    loop.recorder.look(3)
-    for _ in range(10):
-        loop.step()
-    assert [one.decode for one in loop.recorder.steps] == [4, 4, 4] and loop.recorder.stages is None
+def test_each_turn_of_the_engine_is_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[list[int]] = []
+    stop = Recorder.stop
+
+    def stopped(self: Recorder, tracer: Tracer) -> None:
+        traced.append([one.decode for one in read_steps(tracer.steps)])
+        stop(self, tracer)
+
+    monkeypatch.setattr(Recorder, "stop", stopped)
+    turns = step.RecordedEngine(4, rounds=2)
+    asyncio.run(turns.run())
+    assert {kind: len(times) for kind, times in turns.times.items()} == dict.fromkeys(turns.KINDS, 2)
+    assert min(min(times) for times in turns.times.values()) > 0.0
+    assert turns.engine.recorder.stages is None and not turns.engine.recorder.is_watched
+    # All but the two that were under way as the trace began.
+    assert traced == [[4] * (step.TURN + step.UNCOUNTED - 2)] * 2
