@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 
@@ -62,26 +65,57 @@ class OwnThread(Device):
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.resolve, handle)
 
 
+class Stall(NamedTuple):
+    """Milliseconds between two ticks of the loop. late: by the clock, beyond the tick. worked: what its thread computed
+    meanwhile, collected of that in the garbage collector. queued: what the thread waited for a processor that others
+    had; None where the system does not say. What is left of `late` went to threads that held the interpreter."""
+
+    late: float = 0.0
+    worked: float = 0.0
+    collected: float = 0.0
+    queued: float | None = None
+
+
 class Stalls:
-    """The longest that the loop was at work between two ticks, in seconds: of its thread's own time (what it did), and
-    of the clock's beyond the tick (with what the machine did meanwhile)."""
+    """The latest tick since the last that was told, and the one with the most work of the loop's own."""
 
     EVERY_S = 0.001
 
     def __init__(self) -> None:
-        self.worked = self.late = 0.0
+        """On the loop's thread."""
+        self.latest = self.busiest = Stall()
+        self._collected = 0.0
+        self._schedstat = None
+        with contextlib.suppress(OSError):
+            # Linux: ns on a processor, ns in the queue for one, time slices.
+            self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self._thread = threading.get_ident()
+        gc.callbacks.append(self._on_collection)
+
+    def _on_collection(self, phase: str, _: dict[str, int]) -> None:
+        if threading.get_ident() == self._thread:
+            self._collected += time.thread_time() if phase == "stop" else -time.thread_time()
+
+    def _queued(self) -> float | None:
+        if self._schedstat is None:
+            return None
+        return int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
 
     async def watch(self) -> None:
         while True:
-            worked, began = time.thread_time(), time.perf_counter()
+            began, worked, collected, queued = time.perf_counter(), time.thread_time(), self._collected, self._queued()
             await asyncio.sleep(self.EVERY_S)
-            self.worked = max(self.worked, time.thread_time() - worked)
-            self.late = max(self.late, time.perf_counter() - began - self.EVERY_S)
+            late, worked = time.perf_counter() - began - self.EVERY_S, time.thread_time() - worked
+            if late > self.latest.late / 1e3 or worked > self.busiest.worked / 1e3:
+                waited = None if queued is None else 1e3 * ((self._queued() or queued) - queued)
+                stall = Stall(1e3 * late, 1e3 * worked, 1e3 * (self._collected - collected), waited)
+                self.latest = max(self.latest, stall, key=lambda one: one.late)
+                self.busiest = max(self.busiest, stall, key=lambda one: one.worked)
 
     def tell(self) -> None:
         if os.read(sys.stdin.fileno(), 4096):
-            print(json.dumps({"worked_ms": 1e3 * self.worked, "late_ms": 1e3 * self.late}), flush=True)
-            self.worked = self.late = 0.0
+            print(json.dumps({"latest": self.latest._asdict(), "busiest": self.busiest._asdict()}), flush=True)
+            self.latest = self.busiest = Stall()
         else:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
 
