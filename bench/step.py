@@ -3,7 +3,8 @@
 Times schedule + submit + commit on an executor that answers at once with constant tokens, at depth 2 as the Engine
 runs it. "steady": every row merely continues. "paged": prompts are staggered, so that in each step one row of
 page_size needs a page. "floor": the same arithmetic as bare numpy, without any bookkeeping around it.
-`--recorder`: the same steps with nobody looking, with the page /live open, and with a trace on: what is added.
+`--recorder`: steps of the Engine itself with nobody looking, with the page /live open, and with a trace on: what is
+added.
 """
 
 from __future__ import annotations
@@ -324,7 +325,7 @@ class RecordedEngine:
 def measure_recorder(batch: int, steps: int) -> dict[str, float]:
     """Microseconds of the thread a step of the Engine's with nobody looking ("off"), and what the page ("on") and a
     trace ("traced": every step) add, as shares: medians over rounds that have a turn of each kind, in an order of
-    their own. bare: the scheduler's part of such a step, which is the smallest that 3% could be meant of.
+    their own.
 
     The page has at most RECORDED_A_SECOND steps recorded, so "on" is put together of what a step costs that is
     recorded and one that is not while somebody looks. Of a step with a device it is a smaller share. Snapshots are no

@@ -101,7 +101,7 @@ def stalls(browser: Browser, server: Server, count: int, paragraphs: int) -> Non
     # The renderer has started, and the model knows what it will say: that is the test's own work.
     ask(pages[0], f"long {paragraphs}", wait=False)
     pages[0].wait_for_selector(".message .rendered figure")
-    pages[0].click("#stop")
+    pages[0].keyboard.press("Escape")
     done(pages[0])
     pages[0].click("#new")
     server.stalls()
