@@ -91,26 +91,30 @@ class Stalls:
             self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         self._thread = threading.get_ident()
         gc.callbacks.append(self._on_collection)
+        self._loop = asyncio.get_running_loop()
+        self._since = self._now()
+        self._loop.call_later(self.EVERY_S, self._tick)
+
+    def _now(self) -> tuple[float, float, float, float]:
+        return time.perf_counter(), time.thread_time(), self._collected, self._queued()
 
     def _on_collection(self, phase: str, _: dict[str, int]) -> None:
         if threading.get_ident() == self._thread:
             self._collected += time.thread_time() if phase == "stop" else -time.thread_time()
 
-    def _queued(self) -> float | None:
-        if self._schedstat is None:
-            return None
-        return int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
+    def _queued(self) -> float:
+        return 0.0 if self._schedstat is None else int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
 
-    async def watch(self) -> None:
-        while True:
-            began, worked, collected, queued = time.perf_counter(), time.thread_time(), self._collected, self._queued()
-            await asyncio.sleep(self.EVERY_S)
-            late, worked = time.perf_counter() - began - self.EVERY_S, time.thread_time() - worked
-            if late > self.latest.late / 1e3 or worked > self.busiest.worked / 1e3:
-                waited = None if queued is None else 1e3 * ((self._queued() or queued) - queued)
-                stall = Stall(1e3 * late, 1e3 * worked, 1e3 * (self._collected - collected), waited)
-                self.latest = max(self.latest, stall, key=lambda one: one.late)
-                self.busiest = max(self.busiest, stall, key=lambda one: one.worked)
+    def _tick(self) -> None:
+        """A timer's own call, which waits for no other that is ready: from one to the next it is a turn of the loop."""
+        took, worked, collected, queued = (1e3 * (at - was) for at, was in zip(self._now(), self._since, strict=True))
+        stall = Stall(took - 1e3 * self.EVERY_S, worked, collected, None if self._schedstat is None else queued)
+        if stall.late > self.latest.late:
+            self.latest = stall
+        if worked > self.busiest.worked:
+            self.busiest = stall
+        self._since = self._now()
+        self._loop.call_later(self.EVERY_S, self._tick)
 
     def tell(self) -> None:
         if os.read(sys.stdin.fileno(), 4096):
@@ -142,7 +146,7 @@ async def main() -> None:
             stalls = Stalls()
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stalls.tell)
             print(server.port, flush=True)
-            await stalls.watch()
+            await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
