@@ -3,12 +3,14 @@
 Times schedule + submit + commit on an executor that answers at once with constant tokens, at depth 2 as the Engine
 runs it. "steady": every row merely continues. "paged": prompts are staggered, so that in each step one row of
 page_size needs a page. "floor": the same arithmetic as bare numpy, without any bookkeeping around it.
-`--recorder`: the same steps with nobody looking, with the page /live open, and with a trace on: what is added.
+`--recorder`: steps of the Engine itself with nobody looking, with the page /live open, and with a trace on: what is
+added.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import random
@@ -23,13 +25,16 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import uvloop
 
 from engine.clock import MonotonicClock
-from engine.config import CacheOptions, SchedulerOptions
+from engine.config import CacheOptions, EngineConfig, SchedulerOptions
+from engine.engine import Engine
+from engine.executor.base import StepHandle
 from engine.executor.fake import FakeExecutor, FakeHandle
-from engine.forward import FUTURE_TOKEN, Limits, Staging
+from engine.forward import FUTURE_TOKEN, ForwardOutput, Limits, Staging
 from engine.process import MOST_OLD, MOST_YOUNG, NEW
-from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer, now
+from engine.recorder import STEPS_PER_LOOK, Tracer
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -42,7 +47,8 @@ MICROSECOND = 1000
 SMALL_OBJECTS = 1280
 # What server/live_feed.py asks for: STEPS_PER_LOOK four times a second.
 RECORDED_A_SECOND = 4 * STEPS_PER_LOOK
-TURN = 25
+# Steps that are compared at once, and those before that are not.
+TURN, UNCOUNTED = 25, 3
 
 
 @dataclass
@@ -231,79 +237,112 @@ def _allocating_lines(loop: Loop, at_least: int) -> dict[str, int]:
     return found
 
 
-class RecordedLoop(Loop):
-    """The same with the Engine's calls of a recorder, for which nobody looks at first."""
+class Turns(FakeExecutor):
+    """Calls `on_turn` in the wait for a step, every `left` steps that it says are left."""
 
-    def __init__(self, batch: int, steps: int) -> None:
-        self.recorder = Recorder(lambda recorder: setattr(self.scheduler, "recorder", recorder))
-        super().__init__(batch, steps, stagger=True)
+    left = 1
 
-    def step(self) -> tuple[int, int, int]:
-        scheduler, stages = self.scheduler, self.recorder.stages
-        if stages is not None:
-            began = now()
-        batch = scheduler.schedule()
-        assert batch is not None
-        if stages is not None:
-            scheduled = now()
-        self.in_flight.append((batch, self.executor.submit(batch.forward_input)))
-        if stages is not None:
-            stages.launched(batch, began, scheduled, scheduler.num_running, scheduler.num_waiting)
-        if len(self.in_flight) < 2:
-            return 0, 0, 0
-        done, handle = self.in_flight.popleft()
-        output = self.executor.resolve(handle)
-        if stages is not None:
-            arrived = now()
-        result = scheduler.commit(done, output)
-        if stages is not None:
-            committed = now()
-            if stages.left:
-                stages.gaps(result.gaps)
-            stages.published(done, handle, arrived, committed, False)
-        return 0, 0, 0
+    def __init__(self, limits: Limits, on_turn: Callable[[], int]) -> None:
+        super().__init__(limits, compute=False)
+        self._on_turn = on_turn
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        assert isinstance(handle, FakeHandle)
+        self.left -= 1
+        if not self.left:
+            self.left = self._on_turn()
+        return self.resolve(handle)
+
+
+class RecordedEngine:
+    """The Engine itself over a device that answers at once, with a batch that decodes until the turns are over and
+    whose streams nobody reads. A turn: TURN steps of one kind, behind some that are not counted.
+
+    times: microseconds of the thread a step, by kind and round.
+    """
+
+    KINDS = ("off", "watched", "recorded", "traced")
+
+    def __init__(self, batch: int, rounds: int) -> None:
+        length = 2 * PROMPT + len(self.KINDS) * (TURN + UNCOUNTED) * (rounds + 1)
+        pages = (batch + 1) * -(-length // PAGE_SIZE)
+        limits = Limits(batch, 2 * PROMPT * batch, length, PAGE_SIZE, pages, 32_000)
+        options = SchedulerOptions(max_num_seqs=batch, max_num_batched_tokens=limits.max_num_batched_tokens)
+        cache = CacheOptions(page_size=PAGE_SIZE, num_pages=pages)
+        self.device = Turns(limits, self._on_turn)
+        self.engine = Engine(EngineConfig(scheduler=options, cache=cache), self.device, None, eos_token_ids=(EOS,))
+        self.times: dict[str, list[float]] = {kind: [] for kind in self.KINDS}
+        self._batch, self._rounds, self._chance = batch, rounds, random.Random(0)
+        self._left: list[str] = []
+        self._kind: str | None = None
+        self._tracer = Tracer()
+        self._began = 0
+        self._over: asyncio.Event = asyncio.Event()
+
+    async def run(self) -> None:
+        """All turns."""
+        running = asyncio.create_task(self.engine.run(serves=False))
+        most = self.engine.limits.max_model_len - 2 * PROMPT
+        sampling = SamplingParams(max_tokens=most, temperature=0.0, ignore_eos=True)
+        for index in range(self._batch):
+            # Prompts differ in their first token, so that nothing is shared, and in length: pages end at each step.
+            prompt = [2 + index, *range(1, PROMPT + index % PAGE_SIZE)]
+            self.engine.submit(Request(f"r{index}", prompt, sampling))
+        # The prompts first, in one step.
+        self.device.left = UNCOUNTED
+        await self._over.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+    def _on_turn(self) -> int:
+        """A turn is over, or what came before its steps are counted: how many steps it is until the next."""
+        if self._kind is not None and not self._began:
+            self._began = time.thread_time_ns()
+            return TURN
+        ended, recorder = time.thread_time_ns(), self.engine.recorder
+        if self._kind is not None:
+            self.times[self._kind].append((ended - self._began) / MICROSECOND / TURN)
+            if self._kind == "traced":
+                recorder.stop(self._tracer)
+            elif self._kind != "off":
+                recorder.unwatch()
+        if not self._left and len(self.times["off"]) < self._rounds:
+            self._left = self._chance.sample(self.KINDS, len(self.KINDS))
+        if not self._left:
+            self._over.set()
+            return -1
+        self._kind, self._began = self._left.pop(), 0
+        if self._kind == "traced":
+            self._tracer = Tracer()
+            recorder.start(self._tracer)
+        elif self._kind != "off":
+            recorder.watch()
+        if self._kind == "recorded":
+            recorder.look(TURN + 2 * UNCOUNTED)
+        return UNCOUNTED
 
 
 def measure_recorder(batch: int, steps: int) -> dict[str, float]:
-    """Microseconds of the thread a step with nobody looking ("off"), and what the page ("on") and a trace ("traced":
-    every step) add, as shares: medians over rounds that run TURN steps of each kind, in an order of their own.
+    """Microseconds of the thread a step of the Engine's with nobody looking ("off"), and what the page ("on") and a
+    trace ("traced": every step) add, as shares: medians over rounds that have a turn of each kind, in an order of
+    their own.
 
     The page has at most RECORDED_A_SECOND steps recorded, so "on" is put together of what a step costs that is
-    recorded and one that is not while somebody looks. The host's part alone: of a step with a device it is a smaller
-    share. Snapshots are no part of a step: bench.looking has them.
+    recorded and one that is not while somebody looks. Of a step with a device it is a smaller share. Snapshots are no
+    part of a step: bench.looking has them.
     """
-    rounds = -(-steps // TURN)
-    loop = RecordedLoop(batch, 4 * TURN * rounds + 64)
-    recorder, chance = loop.recorder, random.Random(0)
-    kinds = ["off", "watched", "recorded", "traced"]
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    engine = RecordedEngine(batch, -(-steps // TURN))
     gc.collect()
     gc.freeze()
     thresholds = gc.get_threshold()
     # As the server has it.
     gc.set_threshold(NEW, MOST_YOUNG, MOST_OLD)
     try:
-        for _ in range(rounds):
-            chance.shuffle(kinds)
-            for kind in kinds:
-                tracer = Tracer()
-                if kind == "traced":
-                    recorder.start(tracer)
-                elif kind != "off":
-                    recorder.watch()
-                if kind == "recorded":
-                    recorder.look(2 * TURN)
-                began = time.thread_time_ns()
-                for _ in range(TURN):
-                    loop.step()
-                times[kind].append((time.thread_time_ns() - began) / MICROSECOND / TURN)
-                if kind == "traced":
-                    recorder.stop(tracer)
-                elif kind != "off":
-                    recorder.unwatch()
+        uvloop.run(engine.run())
     finally:
         gc.set_threshold(*thresholds)
         gc.unfreeze()
+    times = engine.times
     off = float(np.median(times["off"]))
     watched, recorded, traced = (
         float(np.median(np.divide(times[kind], times["off"]))) - 1.0 for kind in ("watched", "recorded", "traced")

@@ -315,7 +315,8 @@ class Engine(Resting):
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
                     if stages is not None:
-                        stages.launched(batch, began, scheduled, scheduler.num_running, scheduler.num_waiting)
+                        stages.waited = at = now()
+                        batch.recorded = began, scheduled, at, scheduler.num_running, scheduler.num_waiting
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                         if stages is not None:
@@ -376,9 +377,8 @@ class Engine(Resting):
                 self._masks.provide(*in_flight[0])
             self.publisher.publish_failure(result)
         else:
-            if stages is not None:
-                arrived = now()
             result = scheduler.commit(done, output)
+            arrived = result.at
             if stages is not None:
                 committed = now()
             # First, for a grammar may end its request in the next lines.
@@ -389,9 +389,9 @@ class Engine(Resting):
             if in_flight:
                 self._masks.provide(*in_flight[0])
             self.publisher.publish(result)
-        if stages is not None:
-            stages.published(done, handle, arrived, committed, failed)
         self._progress_at = self.clock.now()
+        if stages is not None:
+            stages.published(done, handle, arrived, committed, self._progress_at, failed)
         self.admission.observe(self._progress_at)
 
     def give_up(self) -> None:

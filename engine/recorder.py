@@ -20,11 +20,11 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from engine.executor.base import StepHandle
     from engine.scheduling.batch import Batch
+    from engine.scheduling.sequence import Sequence as Running
 
 now = time.monotonic
 # A step as the loop leaves it (see Recorder): a Step is made of it (`read_step`) when somebody reads it.
 Recorded = tuple[Any, ...]
-_NOTHING: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -44,6 +44,13 @@ class Chunk(NamedTuple):
     kind: str
     start: int
     end: int
+
+
+# Of a step: when it began to be built, was built and was launched; sequences that run and that wait then.
+Launch = tuple[float, float, float, int, int]
+# Requests whose first token, and whose end, a step brings.
+_Ends = tuple[Sequence[str], Sequence[str]]
+_NOTHING: _Ends = ((), ())
 
 
 class Step(NamedTuple):
@@ -79,9 +86,9 @@ class Step(NamedTuple):
 
 def read_step(recorded: Recorded, last: float = 0.0) -> Step:
     """What the loop has put together. last: when the device was through with the step before, where that is known."""
-    opened, decode, speculating, rows, tokens, waited, arrived, committed, published, *others = recorded
-    device_began, ended, failed, (first, gone) = others
-    number, began, scheduled, launched, running, waiting, chunks = opened
+    number, launch, decode, speculating, rows, tokens, waited, arrived, committed, published, *others = recorded
+    device_began, ended, failed, chunks, (first, gone) = others
+    began, scheduled, launched, running, waiting = launch
     is_told = ended > 0.0
     if not is_told:
         ended = arrived
@@ -93,7 +100,7 @@ def read_step(recorded: Recorded, last: float = 0.0) -> Step:
     decode += speculating
     return Step(
         number, began, scheduled, launched, waited, arrived, committed, published, device_began, ended, is_told, decode,
-        rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, chunks, first, gone,
+        rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, tuple(chunks), first, gone,
     )  # fmt: skip
 
 
@@ -116,14 +123,18 @@ class Event(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Work with a name between two times, by thread. lane: sockets, text, grammar."""
+    """Work with a name between two times. lane: sockets, text, grammar."""
 
     lane: str
     name: str
     began: float
     ended: float
-    thread: str
+    thread: threading.Thread
     size: int
+
+
+# One of those as it is written.
+Stretched = tuple[str, str, float, float, threading.Thread, int]
 
 
 class Tracer:
@@ -132,7 +143,7 @@ class Tracer:
     def __init__(self, most: int = MAX_TRACED) -> None:
         self.steps: deque[Recorded] = deque(maxlen=most)
         self.events: deque[tuple[str, Event]] = deque(maxlen=most)
-        self.stretches: deque[Stretch] = deque(maxlen=most)
+        self.stretches: deque[Stretched] = deque(maxlen=most)
         self.began = now()
 
     @property
@@ -141,12 +152,19 @@ class Tracer:
         return any(len(one) == one.maxlen for one in (self.steps, self.events, self.stretches))
 
 
-# Of the process: what takes a while outside of the loop's steps belongs to no engine. With none `stretch` does nothing.
+# Of the process: what takes a while outside of the loop's steps belongs to no engine.
 TRACERS: list[Tracer] = []
 
 
+def stretched(lane: str, name: str, began: float, size: int = 0) -> None:
+    """A stretch ends now. For what is done so often that `stretch` would be felt: `if TRACERS: ...`."""
+    one = (lane, name, began, now(), threading.current_thread(), size)
+    for tracer in TRACERS:
+        tracer.stretches.append(one)
+
+
 class stretch:
-    """`with stretch("text", "tokenise", len(text)): ...`"""
+    """`with stretch("text", "tokenise", len(text)): ...`; half a microsecond without tracers, and then nothing more."""
 
     __slots__ = ("_began", "_lane", "_name", "_size")
 
@@ -160,9 +178,7 @@ class stretch:
 
     def __exit__(self, *_: object) -> None:
         if self._began and TRACERS:
-            one = Stretch(self._lane, self._name, self._began, now(), threading.current_thread().name, self._size)
-            for tracer in TRACERS:
-                tracer.stretches.append(one)
+            stretched(self._lane, self._name, self._began, self._size)
 
 
 class Recorder:
@@ -177,9 +193,8 @@ class Recorder:
         self.stages: Recorder | None = None
         self._hand_on: Callable[[Recorded], None] = self._keep
         self.waited = 0.0
-        # Of the step that is being built; and whose first token, and whose end, the next one brings.
-        self.chunks: list[Chunk] = []
-        self.ends: tuple[list[str], list[str]] = ([], [])
+        # Whose first token, and whose end, the next step brings. Most bring none.
+        self._ends: tuple[list[str], list[str]] | None = None
         self.timelines: OrderedDict[str, list[Event]] = OrderedDict()
         self.first_tokens: deque[float] = deque(maxlen=MAX_LATENCIES)
         self._steps: deque[Recorded] = deque(maxlen=MAX_STEPS)
@@ -239,8 +254,7 @@ class Recorder:
     def _begin(self) -> None:
         if self.stages is None:
             self.stages = self
-            self.chunks.clear()
-            self.ends = ([], [])
+            self._ends = None
         self._settle()
 
     def _settle(self) -> None:
@@ -260,25 +274,18 @@ class Recorder:
 
     # ---- the loop's
 
-    def launched(self, batch: Batch, began: float, scheduled: float, running: int, waiting: int) -> None:
-        """Just now. What is known of the step by then stays with the batch."""
-        self.waited = at = now()
-        chunks: tuple[Chunk, ...] = ()
-        if self.chunks:
-            chunks = tuple(self.chunks)
-            self.chunks.clear()
-        batch.recorded = batch.forward_input.step, began, scheduled, at, running, waiting, chunks
-
-    def published(self, batch: Batch, handle: StepHandle, arrived: float, committed: float, failed: bool) -> None:
-        """Just now. A step whose launch nobody saw is left out."""
-        opened, step, ends = batch.recorded, batch.forward_input, _NOTHING
-        if opened is None or opened[0] != handle.step:
+    def published(
+        self, batch: Batch, handle: StepHandle, arrived: float, committed: float, published: float, failed: bool
+    ) -> None:
+        """A step whose launch nobody saw is left out. One tuple and no more: this is done for each step of a trace."""
+        launch, step = batch.recorded, batch.forward_input
+        if launch is None:
             return
-        if self.ends[0] or self.ends[1]:
-            ends, self.ends = self.ends, ([], [])
+        ends, self._ends = self._ends or _NOTHING, None
         self._hand_on((
-            opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, self.waited,
-            arrived, committed, now(), handle.began_at, handle.ended_at, failed, ends,
+            handle.step, launch, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens,
+            self.waited, arrived, committed, published, handle.began_at, handle.ended_at, failed, batch.chunks,
+            ends,
         ))  # fmt: skip
 
     # ---- sequences; called while somebody looks
@@ -286,20 +293,28 @@ class Recorder:
     def event(self, request_id: str, kind: str, value: int | str = 0) -> None:
         self._event(request_id, Event(now(), kind, value))
 
-    def chunk(self, request_id: str, kind: str, start: int, end: int) -> None:
+    def chunk(self, batch: Batch, sequence: Running, kind: str, start: int, end: int) -> None:
         """A step that is being built computes known tokens of a sequence."""
-        self.chunks.append(Chunk(request_id, kind, start, end))
+        request_id = sequence.request.request_id
+        if not batch.chunks:
+            batch.chunks = []
+        batch.chunks.append(Chunk(request_id, kind, start, end))
         self._event(request_id, Event(now(), kind, end - start))
 
     def first_token(self, request_id: str, seconds: float) -> None:
         """seconds: since it arrived."""
         self.first_tokens.append(seconds)
-        self.ends[0].append(request_id)
+        self._ended()[0].append(request_id)
         self._event(request_id, Event(now(), "first_token", 0))
 
     def finished(self, request_id: str, reason: str) -> None:
-        self.ends[1].append(request_id)
+        self._ended()[1].append(request_id)
         self._event(request_id, Event(now(), "finished", reason))
+
+    def _ended(self) -> tuple[list[str], list[str]]:
+        if self._ends is None:
+            self._ends = ([], [])
+        return self._ends
 
     def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
         """Between a row's last two tokens, for the rows of a step. While steps are `left`: a trace has no use for

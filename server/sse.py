@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
-from engine.recorder import stretch
+from engine.recorder import TRACERS, now, stretched
 from engine.request import RequestError
 from server.protocol.errors import error_body
 from server.protocol.generation import Plan
@@ -127,7 +127,11 @@ class EventStream:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             self._writer.output_size += len(data)
             self._written_at = self._loop.time()
-            with stretch("sockets", "write", len(data)):
+            if TRACERS:
+                began = now()
+                transport.write(data)
+                stretched("sockets", "write", began, len(data))
+            else:
                 transport.write(data)
         return not self._protocol.writing_paused
 

@@ -66,7 +66,7 @@ class TraceEvents:
             events += self._step(step)
         for request_id in ended:
             self._arrows.pop(request_id, None)
-        for one in sorted(_drain(tracer.stretches), key=lambda one: one.began):
+        for one in sorted(map(Stretch._make, _drain(tracer.stretches)), key=lambda one: one.began):
             events += self._stretch(one)
         named, self._named = self._named, []
         return [*named, *events]
@@ -81,8 +81,9 @@ class TraceEvents:
         number = {"step": step.number}
         rows = {"decode": step.decode, "prefill": step.prefill, "forced": step.forced, "pooling": step.pooled}
         load = {"tokens": step.tokens, "running": step.running, "waiting": step.waiting}
+        whole = number | rows | load
         yield self._slice(_LOOP, "schedule", step.began, step.scheduled, number)
-        yield self._slice(_LOOP, "launch", step.scheduled, step.launched, number | rows | load)
+        yield self._slice(_LOOP, "launch", step.scheduled, step.launched, whole)
         for chunk in step.chunks:
             yield self._flow("t", chunk.request_id, _LOOP, step.scheduled)
         yield self._slice(_LOOP, "wait", step.waited, step.arrived, number | {"failed": step.failed})
@@ -91,7 +92,7 @@ class TraceEvents:
         for request_id in step.first:
             yield self._flow("f", request_id, _LOOP, step.committed)
         name = "step" if step.is_told else "step (as the loop saw it)"
-        yield self._slice(_DEVICE, name, step.device_began, step.device_ended, number | rows | load)
+        yield self._slice(_DEVICE, name, step.device_began, step.device_ended, whole)
         yield {
             "ph": "C", "name": "load", "pid": _PROCESS, "tid": 0, "ts": self._ts(step.launched),
             "args": {"running": step.running, "waiting": step.waiting},
@@ -152,15 +153,15 @@ class TraceEvents:
                 self._meta("thread_sort_index", tid, sort_index=tid),
             ]
         lanes[lane] = one.ended
-        args = {"thread": one.thread} | ({"size": one.size} if one.size else {})
+        args = {"thread": one.thread.name} | ({"size": one.size} if one.size else {})
         yield self._slice(self._tids[one.lane, lane], one.name, one.began, one.ended, args)
 
     def _slice(self, tid: int, name: str, began: float, ended: float, args: Json) -> Json:
         # The difference of what is written, so that neighbours do not overlap by a rounding.
-        start = self._ts(began)
+        start = self._nanoseconds(began)
         return {
-            "ph": "X", "cat": "engine", "name": name, "pid": _PROCESS, "tid": tid, "ts": start,
-            "dur": round(max(0.0, self._ts(ended) - start), 3), "args": args,
+            "ph": "X", "cat": "engine", "name": name, "pid": _PROCESS, "tid": tid, "ts": start / 1000,
+            "dur": max(0, self._nanoseconds(ended) - start) / 1000, "args": args,
         }  # fmt: skip
 
     def _meta(self, kind: str, tid: int, **args: object) -> Json:
@@ -168,7 +169,11 @@ class TraceEvents:
 
     def _ts(self, seconds: float) -> float:
         """Microseconds, to the nanosecond; none before the trace began."""
-        return max(0.0, round((seconds - self._began) * 1e6, 3))
+        return self._nanoseconds(seconds) / 1000
+
+    def _nanoseconds(self, seconds: float) -> int:
+        # An integer: rounding to decimals takes longer than all else that is done for a slice.
+        return max(0, round((seconds - self._began) * 1e9))
 
 
 def _drain(deque_: Any) -> Iterator[Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ from engine.forward import (
     Staging,
     TokenMasks,
 )
+from engine.recorder import Chunk, Launch
 from engine.request import SamplingParams
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
@@ -33,7 +33,7 @@ from engine.scheduling.slots import IndexArray
 class Batch:
     """slots intp [rows], samples bool [rows]: decode rows first, then those that speculate. entered: (sequence, first
     page, end) put into the radix tree by this step, to be taken back if it fails. in_flight: between launch and
-    commit. recorded: the Recorder's, of its last launch that was seen."""
+    commit. recorded, chunks: of its launch, where somebody looked (Recorder)."""
 
     def __init__(self, staging: Staging) -> None:
         limits: Limits = staging.limits
@@ -52,7 +52,8 @@ class Batch:
         self.pooled: list[Sequence] = []
         self.all_sample = True
         self.in_flight = False
-        self.recorded: tuple[Any, ...] | None = None
+        self.recorded: Launch | None = None
+        self.chunks: list[Chunk] | tuple[()] = ()
         self._width, self._num_slots = limits.max_pages_per_seq, limits.num_slots
         self._arange: Int32Array = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
 
@@ -94,6 +95,7 @@ class Batch:
             forward.pooled.clear()
             self.pooled = []
         self.all_sample = True
+        self.recorded, self.chunks = None, ()
 
     def forget(self) -> None:
         """Hold no sequence and no adapter of a step that has ended."""
@@ -288,6 +290,7 @@ class StepResult:
     new tokens, None where each row has one. gaps float64: seconds since the slot's token before, NaN for its first; one
     for each new token. finished: sequences that ended with this step; some have left their slot already. cut: whose
     grammar ended, or failed, by a draft.
+    at: when its commit began.
     logprobs: (sequence, index into ForwardOutput.logprobs, token). prompt_logprobs, pooled: whose the entries of those
     fields of ForwardOutput are, by index.
     """
@@ -301,6 +304,7 @@ class StepResult:
     pooled: list[tuple[Sequence, int]] = field(default_factory=list)
     counts: Int32Array | None = None
     cut: tuple[Sequence, ...] = ()
+    at: float = 0.0
 
     @property
     def num_new(self) -> int:

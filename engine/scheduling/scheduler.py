@@ -295,7 +295,7 @@ class Scheduler(Failing):
             # Its pages enter the radix tree when it leaves, like those of all generated tokens.
             batch.write_prefill(slot, start, sequence.token_ids[start:end], end == known)
             if self.recorder is not None:
-                self.recorder.chunk(sequence.request.request_id, "forced", start, end)
+                self.recorder.chunk(batch, sequence, "forced", start, end)
             table.computed[slot] = end
             if end == known:
                 self._jumping.remove(sequence)
@@ -405,7 +405,7 @@ class Scheduler(Failing):
         if pools:
             batch.write_pooled(sequence, end == known)
         if self.recorder is not None:
-            self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
+            self.recorder.chunk(batch, sequence, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         first_page = pages.num_shared
@@ -457,6 +457,7 @@ class Scheduler(Failing):
 
     def commit(self, batch: Batch, output: ForwardOutput) -> StepResult:
         """Apply a finished step. Steps are committed in the order they were scheduled."""
+        now = self._clock.now()
         self._end_step(batch)
         if self._trials.pending:
             self._acquit(batch)
@@ -475,7 +476,7 @@ class Scheduler(Failing):
             if batch.forward_input.num_speculating_rows:
                 tokens = tokens.copy()
                 counts, cut = self.speculation.accept(batch, output, tokens)
-            self.speculation.ended(batch, output, self._clock.now())
+            self.speculation.ended(batch, output, now)
         of_rows = counts
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
@@ -503,13 +504,12 @@ class Scheduler(Failing):
             stop_ids.take(slots, out=column, mode="clip")
             np.equal(column, tokens, out=equal)
             np.logical_or(ended, equal, out=ended)
-        now = self._clock.now()
         gaps = table.token_at.take(slots, out=scratch.get("gaps", np.float64, count), mode="clip")
         np.subtract(now, gaps, out=gaps)
         table.token_at[slots] = now
         if counts is not None:
             gaps = np.repeat(gaps / counts, counts)
-        result = StepResult(slots, tokens, gaps, broken, counts=counts)
+        result = StepResult(slots, tokens, gaps, broken, counts=counts, at=now)
         if cut:
             result.cut = tuple(map(self.sequence_of, batch.slots[cut].tolist()))
         if output.logprobs is not None or output.prompt_logprobs:

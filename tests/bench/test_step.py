@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from bench import step
+from engine.recorder import Recorder, Step, Tracer, read_steps
 
 
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,11 +47,28 @@ def test_what_looking_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert row[0] == "4" and float(row[1]) > 0.0 and row[2].endswith("%") and row[4].endswith("%") and float(row[5])
 
 
-def test_a_watched_loop_records_its_steps() -> None:
-    loop = step.RecordedLoop(4, 60)
-    assert not loop.recorder.steps
-    loop.recorder.watch()
-    loop.recorder.look(3)
-    for _ in range(10):
-        loop.step()
-    assert [one.decode for one in loop.recorder.steps] == [4, 4, 4] and loop.recorder.stages is None
+def test_each_turn_of_the_engine_is_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[list[Step]] = []
+    stop = Recorder.stop
+
+    def stopped(self: Recorder, tracer: Tracer) -> None:
+        traced.append(read_steps(tracer.steps))
+        stop(self, tracer)
+
+    monkeypatch.setattr(Recorder, "stop", stopped)
+    turns = step.RecordedEngine(4, rounds=2)
+    asyncio.run(turns.run())
+    assert {kind: len(times) for kind, times in turns.times.items()} == dict.fromkeys(turns.KINDS, 2)
+    assert min(min(times) for times in turns.times.values()) > 0.0
+    assert turns.engine.recorder.stages is None and not turns.engine.recorder.is_watched
+    # All but the two that were under way as the trace began.
+    assert [len(steps) for steps in traced] == [step.TURN + step.UNCOUNTED - 2] * 2
+    for steps in traced:
+        assert [one.number - steps[0].number for one in steps] == list(range(len(steps)))
+        for one in steps:
+            assert (one.decode, one.tokens, one.running, one.waiting) == (4, 4, 4, 0) and not one.chunks
+            times = (one.began, one.scheduled, one.launched, one.waited, one.arrived, one.committed, one.published)
+            assert list(times) == sorted(times)
+        for one, following in itertools.pairwise(steps):
+            # Two are under way at once: the next has been launched before one is waited for.
+            assert one.launched < following.launched <= one.waited and one.published <= following.arrived

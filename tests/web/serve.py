@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gc
 import json
 import os
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import uvloop
 
@@ -62,26 +65,61 @@ class OwnThread(Device):
         return await asyncio.get_running_loop().run_in_executor(self._thread, self.resolve, handle)
 
 
+class Stall(NamedTuple):
+    """Milliseconds between two ticks of the loop. late: by the clock, beyond the tick. worked: what its thread computed
+    meanwhile, collected of that in the garbage collector. queued: what the thread waited for a processor that others
+    had; None where the system does not say. What is left of `late` went to threads that held the interpreter."""
+
+    late: float = 0.0
+    worked: float = 0.0
+    collected: float = 0.0
+    queued: float | None = None
+
+
 class Stalls:
-    """The longest that the loop was at work between two ticks, in seconds: of its thread's own time (what it did), and
-    of the clock's beyond the tick (with what the machine did meanwhile)."""
+    """The latest tick since the last that was told, and the one with the most work of the loop's own."""
 
     EVERY_S = 0.001
 
     def __init__(self) -> None:
-        self.worked = self.late = 0.0
+        """On the loop's thread."""
+        self.latest = self.busiest = Stall()
+        self._collected = 0.0
+        self._schedstat = None
+        with contextlib.suppress(OSError):
+            # Linux: ns on a processor, ns in the queue for one, time slices.
+            self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self._thread = threading.get_ident()
+        gc.callbacks.append(self._on_collection)
+        self._loop = asyncio.get_running_loop()
+        self._since = self._now()
+        self._loop.call_later(self.EVERY_S, self._tick)
 
-    async def watch(self) -> None:
-        while True:
-            worked, began = time.thread_time(), time.perf_counter()
-            await asyncio.sleep(self.EVERY_S)
-            self.worked = max(self.worked, time.thread_time() - worked)
-            self.late = max(self.late, time.perf_counter() - began - self.EVERY_S)
+    def _now(self) -> tuple[float, float, float, float]:
+        return time.perf_counter(), time.thread_time(), self._collected, self._queued()
+
+    def _on_collection(self, phase: str, _: dict[str, int]) -> None:
+        if threading.get_ident() == self._thread:
+            self._collected += time.thread_time() if phase == "stop" else -time.thread_time()
+
+    def _queued(self) -> float:
+        return 0.0 if self._schedstat is None else int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
+
+    def _tick(self) -> None:
+        """A timer's own call, which waits for no other that is ready: from one to the next it is a turn of the loop."""
+        took, worked, collected, queued = (1e3 * (at - was) for at, was in zip(self._now(), self._since, strict=True))
+        stall = Stall(took - 1e3 * self.EVERY_S, worked, collected, None if self._schedstat is None else queued)
+        if stall.late > self.latest.late:
+            self.latest = stall
+        if worked > self.busiest.worked:
+            self.busiest = stall
+        self._since = self._now()
+        self._loop.call_later(self.EVERY_S, self._tick)
 
     def tell(self) -> None:
         if os.read(sys.stdin.fileno(), 4096):
-            print(json.dumps({"worked_ms": 1e3 * self.worked, "late_ms": 1e3 * self.late}), flush=True)
-            self.worked = self.late = 0.0
+            print(json.dumps({"latest": self.latest._asdict(), "busiest": self.busiest._asdict()}), flush=True)
+            self.latest = self.busiest = Stall()
         else:
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
 
@@ -108,7 +146,7 @@ async def main() -> None:
             stalls = Stalls()
             asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stalls.tell)
             print(server.port, flush=True)
-            await stalls.watch()
+            await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
