@@ -4,19 +4,25 @@
 // them is kept in full: so the bits of a token do not depend on how its prompt was cut into chunks, nor on its company.
 // Rows that are held (held, where it is given, uint8 [rows]) leave their slot's state as it was.
 
+struct StateRows {  // ops/state.py has one for every step
+    const int32_t *slots, *indptr;  // [count], [count + 1]
+    const uint8_t* held;            // [count], or null
+    i64 count;
+};
+
 // ---------------------------------------------------------------- causal convolution
 
 // One convolution per channel over a token and the taps - 1 before it, those of earlier steps from the slot's state
 // [taps - 1][C], which then holds the row's last. weight [taps][C], the newest token's last.
 template <class T, bool Silu>
 void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* weight, const float* bias, i64 taps, i64 C,
-              const int32_t* slots, const int32_t* indptr, const uint8_t* held, i64 rows, int threads) {
+              const StateRows& rows, int threads) {
     const i64 block = 512, blocks = (C + block - 1) / block, before = taps - 1;
-    threads = limit_threads(threads, (double)indptr[rows] * C * taps, 65536);
-    parallel(rows * blocks, threads, [&](i64 task) {
+    threads = limit_threads(threads, (double)rows.indptr[rows.count] * C * taps, 65536);
+    parallel(rows.count * blocks, threads, [&](i64 task) {
         const i64 row = task / blocks, c0 = task % blocks * block, c1 = std::min(C, c0 + block);
-        const i64 first = indptr[row], count = indptr[row + 1] - first;
-        T* state = states + slots[row] * stride;
+        const i64 first = rows.indptr[row], count = rows.indptr[row + 1] - first;
+        T* state = states + rows.slots[row] * stride;
         auto at = [&](i64 t) { return t < 0 ? state + (t + before) * C : x + (first + t) * ldx; };
         auto one = [&](auto read, auto read_weight, i64 t, i64 c) {
             vf sum = {};
@@ -35,21 +41,20 @@ void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* w
                 store_part(to + c, y, n);
             }
         }
-        if (held && held[row]) return;
+        if (rows.held && rows.held[row]) return;
         for (i64 t = 0; t < before; t++) memmove(state + t * C + c0, at(count - before + t) + c0, (c1 - c0) * sizeof(T));
     });
 }
 
 // ---------------------------------------------------------------- gated recurrence
 
-struct Recurrence {  // ops/recurrence.py builds it
+struct Recurrence {
+    const StateRows& rows;
     const void *q, *k, *v, *step, *share;  // by token; share is a delta net's alone
     const float *rate, *step_bias, *skip;  // [heads]; skip may be null
     float* states;                         // of slot 0: [heads][K][V]; `stride` floats further those of slot 1
     void* out;                             // [tokens][heads][V]
-    const int32_t *slots, *indptr;
-    const uint8_t* held;
-    i64 ldq, ldk, ldv, ld_step, ld_share, stride, rows, key_heads, heads, K, V, type, delta, threads;
+    i64 ldq, ldk, ldv, ld_step, ld_share, stride, key_heads, heads, K, V;
     float scale, least_step, most_step;
 };
 
@@ -181,15 +186,16 @@ INLINE void run_tile(float* tile, i64 ld, const Recurrence& r, const Gates& gate
 INLINE float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 template <class T, bool Delta>
-void recur(const Recurrence& r) {
-    const i64 padded = (r.K + VL - 1) / VL * VL, tokens = r.indptr[r.rows], across = (r.V + WIDTH - 1) / WIDTH;
-    const int threads = limit_threads((int)r.threads, (double)tokens * r.heads * r.K * r.V, 65536);
-    parallel(r.rows * r.heads, threads, [&](i64 task) {
+void recur(const Recurrence& r, int threads) {
+    const StateRows& rows = r.rows;
+    const i64 padded = (r.K + VL - 1) / VL * VL, tokens = rows.indptr[rows.count], across = (r.V + WIDTH - 1) / WIDTH;
+    threads = limit_threads(threads, (double)tokens * r.heads * r.K * r.V, 65536);
+    parallel(rows.count * r.heads, threads, [&](i64 task) {
         const i64 row = task / r.heads, head = task % r.heads, key_head = head / (r.heads / r.key_heads);
-        const i64 first = r.indptr[row], end = r.indptr[row + 1];
-        const bool held = r.held && r.held[row];
+        const i64 first = rows.indptr[row], end = rows.indptr[row + 1];
+        const bool held = rows.held && rows.held[row];
         const bool tiled = end - first > 1 || held || r.V % WIDTH;  // for one token a copy would not pay
-        float* state = r.states + r.slots[row] * r.stride + head * r.K * r.V;
+        float* state = r.states + rows.slots[row] * r.stride + head * r.K * r.V;
         float* k = (float*)scratch<2>((2 * TOKENS * padded + across * r.K * WIDTH) * sizeof(float));
         float *q = k + TOKENS * padded, *tiles = q + TOKENS * padded;
         Gates gates;
