@@ -708,8 +708,8 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
 
 // ---------------------------------------------------------------- norm, activation
 
-template <class T, bool Add>
-void rms_norm(const T* x, i64 ldx, T* residual, i64 ldr, const T* weight, T* out, i64 ldo, i64 rows, i64 H, float eps, float offset,
+template <class T, class W, bool Add>
+void rms_norm(const T* x, i64 ldx, T* residual, i64 ldr, const W* weight, T* out, i64 ldo, i64 rows, i64 H, float eps,
               int threads) {
     threads = limit_threads(threads, (double)rows * H, 65536);
     const i64 chunk = std::max<i64>(1, 16384 / std::max<i64>(H, 1));
@@ -735,8 +735,8 @@ void rms_norm(const T* x, i64 ldx, T* residual, i64 ldr, const T* weight, T* out
             }
             float scale = 1.0f / std::sqrt(sum_lanes((s[0] + s[1]) + (s[2] + s[3])) / (float)H + eps);
             T* to = out + r * ldo;
-            for (h = 0; h + VL <= H; h += VL) store(to + h, load(in + h) * scale * (load(weight + h) + offset));
-            for (; h < H; h++) store1(to + h, load1(in + h) * scale * (load1(weight + h) + offset));
+            for (h = 0; h + VL <= H; h += VL) store(to + h, load(in + h) * scale * load(weight + h));
+            for (; h < H; h++) store1(to + h, load1(in + h) * scale * load1(weight + h));
         }
     });
 }
@@ -1806,12 +1806,15 @@ EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t st
             }))
 }
 
-EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
-                        int64_t rows, int64_t H, float eps, float offset, int64_t threads) {
-    BY_TYPE(type, if (residual) rms_norm<T COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const T*)weight, (T*)out, ldo, rows, H, eps,
-                                                      offset, (int)threads);
-            else rms_norm<T COMMA false>((const T*)x, ldx, (T*)nullptr, 0, (const T*)weight, (T*)out, ldo, rows, H, eps, offset,
-                                        (int)threads))
+// weight_type: float32, or that of x.
+EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, int64_t weight_type, const void* weight,
+                        void* out, int64_t ldo, int64_t rows, int64_t H, float eps, int64_t threads) {
+#define WITH_WEIGHT(W)                                                                                                                 \
+    if (residual) rms_norm<T COMMA W COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const W*)weight, (T*)out, ldo, rows, H, eps,    \
+                                                 (int)threads);                                                                       \
+    else rms_norm<T COMMA W COMMA false>((const T*)x, ldx, (T*)nullptr, 0, (const W*)weight, (T*)out, ldo, rows, H, eps, (int)threads);
+    BY_TYPE(type, if (weight_type == F32) { WITH_WEIGHT(float) } else { WITH_WEIGHT(T) })
+#undef WITH_WEIGHT
 }
 
 // out may be x; residual may be null, and is where the sum is left.
@@ -1872,17 +1875,21 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
 #undef WITH_POOLS
 }
 
-EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
-                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, const uint8_t* held,
-                        int64_t rows, int64_t silu, int64_t threads) {
-    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, held,
-                                                   rows, (int)threads);
-            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, held,
-                                         rows, (int)threads))
+EXPORT void ol_convolve(const StateRows* rows, int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride,
+                        const float* weight, const float* bias, int64_t taps, int64_t C, int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, *rows,
+                                                   (int)threads);
+            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, *rows, (int)threads))
 }
 
-EXPORT void ol_recur(const Recurrence* r) {
-    BY_TYPE(r->type, if (r->delta) recur<T COMMA true>(*r); else recur<T COMMA false>(*r))
+EXPORT void ol_recur(const StateRows* rows, int64_t type, int64_t delta, const void* q, int64_t ldq, const void* k, int64_t ldk,
+                     const void* v, int64_t ldv, const void* step, int64_t ld_step, const void* share, int64_t ld_share,
+                     const float* rate, const float* step_bias, const float* skip, float* states, int64_t stride, void* out,
+                     int64_t key_heads, int64_t heads, int64_t K, int64_t V, float scale, float least_step, float most_step,
+                     int64_t threads) {
+    const Recurrence r{*rows, q,       k,       v,        step,   share,     rate,  step_bias, skip, states, out, ldq, ldk,
+                       ldv,   ld_step, ld_share, stride, key_heads, heads, K,         V,    scale,  least_step, most_step};
+    BY_TYPE(type, if (delta) recur<T COMMA true>(r, (int)threads); else recur<T COMMA false>(r, (int)threads))
 }
 
 EXPORT void ol_gate(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, void* out, int64_t rows, int64_t width,
@@ -1969,6 +1976,7 @@ EXPORT const void* ol_entry(const char* name) {
 #define ENTRY(function) \
     if (!strcmp(name, #function)) return (const void*)entry<function>;
     ENTRY(ol_linear) ENTRY(ol_linear_codes) ENTRY(ol_linear_blocks) ENTRY(ol_rms_norm) ENTRY(ol_gate_and_mul) ENTRY(ol_attention) ENTRY(ol_copy_rows)
+    ENTRY(ol_convolve) ENTRY(ol_recur) ENTRY(ol_gate) ENTRY(ol_gated_norm)
 #undef ENTRY
     // However briefly it was tried: made again it waits as long as it takes.
     if (!strcmp(name, "ol_ranks_sum")) return (const void*)entry<ol_ranks_go_on>;

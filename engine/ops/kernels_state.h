@@ -4,19 +4,25 @@
 // them is kept in full: so the bits of a token do not depend on how its prompt was cut into chunks, nor on its company.
 // Rows that are held (held, where it is given, uint8 [rows]) leave their slot's state as it was.
 
+struct StateRows {  // ops/state.py has one for every step
+    const int32_t *slots, *indptr;  // [count], [count + 1]
+    const uint8_t* held;            // [count], or null
+    i64 count;
+};
+
 // ---------------------------------------------------------------- causal convolution
 
 // One convolution per channel over a token and the taps - 1 before it, those of earlier steps from the slot's state
 // [taps - 1][C], which then holds the row's last. weight [taps][C], the newest token's last.
 template <class T, bool Silu>
 void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* weight, const float* bias, i64 taps, i64 C,
-              const int32_t* slots, const int32_t* indptr, const uint8_t* held, i64 rows, int threads) {
+              const StateRows& rows, int threads) {
     const i64 block = 512, blocks = (C + block - 1) / block, before = taps - 1;
-    threads = limit_threads(threads, (double)indptr[rows] * C * taps, 65536);
-    parallel(rows * blocks, threads, [&](i64 task) {
+    threads = limit_threads(threads, (double)rows.indptr[rows.count] * C * taps, 65536);
+    parallel(rows.count * blocks, threads, [&](i64 task) {
         const i64 row = task / blocks, c0 = task % blocks * block, c1 = std::min(C, c0 + block);
-        const i64 first = indptr[row], count = indptr[row + 1] - first;
-        T* state = states + slots[row] * stride;
+        const i64 first = rows.indptr[row], count = rows.indptr[row + 1] - first;
+        T* state = states + rows.slots[row] * stride;
         auto at = [&](i64 t) { return t < 0 ? state + (t + before) * C : x + (first + t) * ldx; };
         auto one = [&](auto read, auto read_weight, i64 t, i64 c) {
             vf sum = {};
@@ -35,21 +41,20 @@ void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* w
                 store_part(to + c, y, n);
             }
         }
-        if (held && held[row]) return;
+        if (rows.held && rows.held[row]) return;
         for (i64 t = 0; t < before; t++) memmove(state + t * C + c0, at(count - before + t) + c0, (c1 - c0) * sizeof(T));
     });
 }
 
 // ---------------------------------------------------------------- gated recurrence
 
-struct Recurrence {  // ops/recurrence.py builds it
+struct Recurrence {
+    const StateRows& rows;
     const void *q, *k, *v, *step, *share;  // by token; share is a delta net's alone
     const float *rate, *step_bias, *skip;  // [heads]; skip may be null
     float* states;                         // of slot 0: [heads][K][V]; `stride` floats further those of slot 1
     void* out;                             // [tokens][heads][V]
-    const int32_t *slots, *indptr;
-    const uint8_t* held;
-    i64 ldq, ldk, ldv, ld_step, ld_share, stride, rows, key_heads, heads, K, V, type, delta, threads;
+    i64 ldq, ldk, ldv, ld_step, ld_share, stride, key_heads, heads, K, V;
     float scale, least_step, most_step;
 };
 
@@ -62,12 +67,6 @@ struct Gates {
     float decay[TOKENS], share[TOKENS], match[TOKENS];  // match: k . q
 };
 
-INLINE float dot(const float* a, const float* b, i64 padded) {
-    vf sum = {};
-    for (i64 i = 0; i < padded; i += VL) sum = fma(load(a + i), load(b + i), sum);
-    return sum_lanes(sum);
-}
-
 template <class T>
 INLINE void widen(const T* from, float* to, i64 count, i64 padded) {
     i64 i = 0;
@@ -75,8 +74,25 @@ INLINE void widen(const T* from, float* to, i64 count, i64 padded) {
     if (i < padded) store(to + i, load_part(from + i, count - i));
 }
 
-INLINE void scale_by(float* x, float factor, i64 padded) {
-    for (i64 i = 0; i < padded; i += VL) store(x + i, load(x + i) * factor);
+// Brings both to length 1, the query then to `scale`.
+INLINE void normalise(float* key, float* query, float scale, i64 padded) {
+    vf of_key = {}, of_query = {};
+    for (i64 i = 0; i < padded; i += VL) {
+        const vf k = load(key + i), q = load(query + i);
+        of_key = fma(k, k, of_key);
+        of_query = fma(q, q, of_query);
+    }
+    const float key_scale = 1.0f / std::sqrt(sum_lanes(of_key) + 1e-6f), query_scale = scale / std::sqrt(sum_lanes(of_query) + 1e-6f);
+    for (i64 i = 0; i < padded; i += VL) {
+        store(key + i, load(key + i) * key_scale);
+        store(query + i, load(query + i) * query_scale);
+    }
+}
+
+INLINE float dot(const float* a, const float* b, i64 padded) {
+    vf sum = {};
+    for (i64 i = 0; i < padded; i += VL) sum = fma(load(a + i), load(b + i), sum);
+    return sum_lanes(sum);
 }
 
 // A tile, WIDTH columns of [K][ld], takes the last token's S = decay S + k (x) d (Update), and the next token reads S^T k and S^T q of it
@@ -120,6 +136,20 @@ INLINE void pass(float* tile, i64 ld, i64 K, const float* last, float decay, con
     told[1] = told1[0] + told1[1];
 }
 
+// A state [K][V] as tiles [K][WIDTH] one after the other, and back: in columns of [K][V] a tile would lie in few lines of L1.
+template <bool Back>
+INLINE void move_tiles(float* state, float* tiles, i64 K, i64 V) {
+    for (i64 c0 = 0; c0 < V; c0 += WIDTH)
+        for (i64 i = 0; i < K; i++, tiles += WIDTH)
+            for (int n = 0; n < 2; n++) {
+                float *whole = state + i * V + c0 + n * VL, *part = tiles + n * VL;
+                const i64 left = V - c0 - n * VL;
+                if (!Back) store(part, left >= VL ? load(whole) : load_part(whole, left));
+                else if (left >= VL) store(whole, load(part));
+                else store_part(whole, load(part), left);
+            }
+}
+
 // d: of a delta net, share (v - decay S^T k), else share v. The output, (decay S + k (x) d)^T q, is decay S^T q + (k . q) d.
 template <class T, bool Delta>
 INLINE void run_tile(float* tile, i64 ld, const Recurrence& r, const Gates& gates, const float* k, const float* q, i64 padded, i64 head,
@@ -129,11 +159,16 @@ INLINE void run_tile(float* tile, i64 ld, const Recurrence& r, const Gates& gate
     float decay = 1.0f;
     for (i64 t = 0; t < count; t++) {
         const float *key = k + t * padded, *query = q + t * padded;
+        const T* value = (const T*)r.v + (token + t) * r.ldv + head * r.V + c0;
+        T* out = (T*)r.out + ((token + t) * r.heads + head) * r.V + c0;
+        if (t + 1 < count)  // the next token's lie far from these
+            for (i64 i = 0; i < width; i += 64 / sizeof(T)) {
+                __builtin_prefetch(value + r.ldv + i);
+                __builtin_prefetch(out + r.heads * r.V + i, 1);
+            }
         if (t) pass<true, true, Delta>(tile, ld, K, key - padded, decay, d, key, query, read, told);
         else pass<false, true, Delta>(tile, ld, K, key, decay, d, key, query, read, told);
         decay = gates.decay[t];
-        const T* value = (const T*)r.v + (token + t) * r.ldv + head * r.V + c0;
-        T* out = (T*)r.out + ((token + t) * r.heads + head) * r.V + c0;
         for (int n = 0; n < 2; n++) {
             const i64 left = width - n * VL;
             if (left <= 0) break;
@@ -151,50 +186,41 @@ INLINE void run_tile(float* tile, i64 ld, const Recurrence& r, const Gates& gate
 INLINE float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
 
 template <class T, bool Delta>
-void recur(const Recurrence& r) {
-    const i64 padded = (r.K + VL - 1) / VL * VL, tokens = r.indptr[r.rows];
-    const int threads = limit_threads((int)r.threads, (double)tokens * r.heads * r.K * r.V, 65536);
-    parallel(r.rows * r.heads, threads, [&](i64 task) {
+void recur(const Recurrence& r, int threads) {
+    const StateRows& rows = r.rows;
+    const i64 padded = (r.K + VL - 1) / VL * VL, tokens = rows.indptr[rows.count], across = (r.V + WIDTH - 1) / WIDTH;
+    threads = limit_threads(threads, (double)tokens * r.heads * r.K * r.V, 65536);
+    parallel(rows.count * r.heads, threads, [&](i64 task) {
         const i64 row = task / r.heads, head = task % r.heads, key_head = head / (r.heads / r.key_heads);
-        float* state = r.states + r.slots[row] * r.stride + head * r.K * r.V;
-        float* k = (float*)scratch<2>((2 * TOKENS * padded + r.K * WIDTH) * sizeof(float));
-        float *q = k + TOKENS * padded, *tile = q + TOKENS * padded;
+        const i64 first = rows.indptr[row], end = rows.indptr[row + 1];
+        const bool held = rows.held && rows.held[row];
+        const bool tiled = end - first > 1 || held || r.V % WIDTH;  // for one token a copy would not pay
+        float* state = r.states + rows.slots[row] * r.stride + head * r.K * r.V;
+        float* k = (float*)scratch<2>((2 * TOKENS * padded + across * r.K * WIDTH) * sizeof(float));
+        float *q = k + TOKENS * padded, *tiles = q + TOKENS * padded;
         Gates gates;
-        if (r.held && r.held[row]) {
-            float* own = (float*)scratch<7>(r.K * r.V * sizeof(float));
-            memcpy(own, state, r.K * r.V * sizeof(float));
-            state = own;
-        }
         // Tiles go through it in columns: fetched in order, it comes at the speed of the memory.
         for (i64 i = 0; i < r.K * r.V; i += 16) __builtin_prefetch(state + i, 1, 2);
-        for (i64 token = r.indptr[row]; token < r.indptr[row + 1]; token += TOKENS) {
-            const i64 count = std::min<i64>(TOKENS, r.indptr[row + 1] - token);
+        if (tiled) move_tiles<false>(state, tiles, r.K, r.V);
+        for (i64 token = first; token < end; token += TOKENS) {
+            const i64 count = std::min<i64>(TOKENS, end - token);
             for (i64 t = 0; t < count; t++) {
                 float *key = k + t * padded, *query = q + t * padded;
                 widen((const T*)r.k + (token + t) * r.ldk + key_head * r.K, key, r.K, padded);
                 widen((const T*)r.q + (token + t) * r.ldq + key_head * r.K, query, r.K, padded);
-                if (Delta) {
-                    scale_by(key, 1.0f / std::sqrt(dot(key, key, padded) + 1e-6f), padded);
-                    scale_by(query, r.scale / std::sqrt(dot(query, query, padded) + 1e-6f), padded);
-                }
+                if (Delta) normalise(key, query, r.scale, padded);
                 gates.match[t] = dot(key, query, padded);
                 float step = softplus(load1((const T*)r.step + (token + t) * r.ld_step + head) + r.step_bias[head]);
                 step = std::min(std::max(step, r.least_step), r.most_step);
                 gates.decay[t] = std::exp(-r.rate[head] * step);
                 gates.share[t] = Delta ? 1.0f / (1.0f + std::exp(-load1((const T*)r.share + (token + t) * r.ld_share + head))) : step;
             }
-            for (i64 c0 = 0; c0 < r.V; c0 += WIDTH) {
-                const i64 width = std::min<i64>(WIDTH, r.V - c0);
-                if (count == 1 && width == WIDTH) {  // a copy would not pay
-                    run_tile<T, Delta>(state + c0, r.V, r, gates, k, q, padded, head, token, count, c0);
-                    continue;
-                }
-                if (width < WIDTH) memset(tile, 0, r.K * WIDTH * sizeof(float));
-                for (i64 i = 0; i < r.K; i++) memcpy(tile + i * WIDTH, state + i * r.V + c0, width * sizeof(float));
-                run_tile<T, Delta>(tile, WIDTH, r, gates, k, q, padded, head, token, count, c0);
-                for (i64 i = 0; i < r.K; i++) memcpy(state + i * r.V + c0, tile + i * WIDTH, width * sizeof(float));
+            for (i64 c = 0; c < across; c++) {
+                if (tiled) run_tile<T, Delta>(tiles + c * r.K * WIDTH, WIDTH, r, gates, k, q, padded, head, token, count, c * WIDTH);
+                else run_tile<T, Delta>(state + c * WIDTH, r.V, r, gates, k, q, padded, head, token, count, c * WIDTH);
             }
         }
+        if (tiled && !held) move_tiles<true>(state, tiles, r.K, r.V);
     });
 }
 

@@ -36,14 +36,19 @@ def plain(x: Tensor | Normed) -> Tensor:
     return rms_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
 
 
+def _type_of(weight: Tensor, x: Tensor) -> int | None:
+    """How the kernel calls a weight of float32 or of x's dtype; None for another, which it cannot take."""
+    return native.type_code(weight.dtype) if weight.dtype in (torch.float32, x.dtype) else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[N, width], [width] -> [N, width], a new tensor."""
+    """[N, width], [width] of the same dtype or in float32 -> [N, width], a new tensor."""
     if on_gpu(x):
         from engine.ops.triton import norm as kernels
 
         return kernels.rms_norm(x, weight, eps)
-    library, code = native.library(), native.type_code(x.dtype)
-    if library is None or code is None or not x.is_cpu or weight.dtype != x.dtype or x.stride(1) != 1:
+    library, code, of_weight = native.library(), native.type_code(x.dtype), _type_of(weight, x)
+    if library is None or code is None or not x.is_cpu or of_weight is None or x.stride(1) != 1:
         return torch_rms_norm(x, weight, eps)
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype)
@@ -53,13 +58,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x.stride(0),
         None,
         0,
+        of_weight,
         weight.data_ptr(),
         out.data_ptr(),
         width,
         rows,
         width,
         eps,
-        0.0,
         torch.get_num_threads(),
     )
     return out
@@ -74,12 +79,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         from engine.ops.triton import norm as kernels
 
         return kernels.add_rms_norm(x, residual, weight, eps)
-    library, code = native.library(), native.type_code(x.dtype)
+    library, code, of_weight = native.library(), native.type_code(x.dtype), _type_of(weight, x)
     if (
         library is None
         or code is None
         or not x.is_cpu
-        or weight.dtype != x.dtype
+        or of_weight is None
         or residual.dtype != x.dtype
         or x.stride(1) != 1
         or residual.stride(1) != 1
@@ -94,13 +99,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         x.stride(0),
         residual.data_ptr(),
         residual.stride(0),
+        of_weight,
         weight.data_ptr(),
         out.data_ptr(),
         width,
         rows,
         width,
         eps,
-        0.0,
         torch.get_num_threads(),
     )
     return out, residual

@@ -35,7 +35,7 @@ MOST_BYTES = 256 << 20
 # Kernels with the same arguments in every step: addresses of weights, of the recording's memory and of the backend's.
 REPLAYED = (
     *("ol_linear", "ol_linear_codes", "ol_linear_blocks", "ol_rms_norm", "ol_gate_and_mul", "ol_attention"),
-    *("ol_copy_rows", "ol_ranks_sum"),
+    *("ol_copy_rows", "ol_ranks_sum", "ol_convolve", "ol_recur", "ol_gate", "ol_gated_norm"),
 )
 # The rest of a kernel that was tried before: made again, that one does it all.
 CONTINUED = ("ol_ranks_go_on",)

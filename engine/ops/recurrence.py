@@ -7,18 +7,16 @@ are missing, take prompts in chunks.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
 from engine.ops.activation import by_rows
-from engine.ops.state import RowsOnDevice, StatePlan
+from engine.ops.state import KernelRows, RowsOnDevice, StatePlan
 from engine.ops.triton.runtime import on_gpu
 
 # Tokens that torch's form takes at once: arXiv 2412.06464, as transformers does.
@@ -34,15 +32,6 @@ def _library(x: Tensor) -> tuple[native.Library, int] | None:
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy of it whose rows lie in one piece each."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _arrays(plan: StatePlan) -> tuple[np.ndarray, np.ndarray]:
-    return np.ascontiguousarray(plan.slots, np.int32), np.ascontiguousarray(plan.qo_indptr, np.int32)
-
-
-def _held(plan: StatePlan) -> int | None:
-    """Where the kernels find which rows are held."""
-    return None if plan.held is None else int(plan.held.ctypes.data)
 
 
 def causal_conv(
@@ -63,8 +52,9 @@ def causal_conv(
     library, code = found
     x = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
-    slots, indptr = _arrays(plan)
+    rows = plan.rows or KernelRows(plan)
     library.by_work(x.numel() * weight.shape[0] // 4).ol_convolve(
+        rows.address,
         code,
         x.data_ptr(),
         x.stride(0),
@@ -74,10 +64,6 @@ def causal_conv(
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         *weight.shape,
-        slots.ctypes.data,
-        indptr.ctypes.data,
-        _held(plan),
-        plan.num_rows,
         silu,
         torch.get_num_threads(),
     )
@@ -113,21 +99,6 @@ def torch_causal_conv(
     if bias is not None:
         out += bias
     return (F.silu(out) if silu else out).to(x.dtype)
-
-
-class _Call(ctypes.Structure):
-    """Recurrence of kernels_state.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "step", "share", "rate", "step_bias", "skip", "states")),
-        *((name, ctypes.c_void_p) for name in ("out", "slots", "indptr", "held")),
-        *((name, ctypes.c_int64) for name in ("ldq", "ldk", "ldv", "ld_step", "ld_share", "stride", "rows")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("key_heads", "heads", "key_dim", "value_dim", "type", "delta", "threads")
-        ),
-        *((name, ctypes.c_float) for name in ("scale", "least_step", "most_step")),
-    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,29 +138,27 @@ class Recurrence:
         library, code = found
         q, k, v, step = map(_rows, (q, k, v, step))
         out = torch.empty(v.shape, dtype=v.dtype)
-        slots, indptr = _arrays(plan)
         share = step if share is None else _rows(share)
-        call = _Call(
-            *(x.data_ptr() for x in (q, k, v, step, share, self.rate, self.step_bias)),
+        rows = plan.rows or KernelRows(plan)
+        library.by_work(v.numel() * self.key_dim // 2).ol_recur(
+            rows.address,
+            code,
+            self.delta,
+            *(word for x in (q, k, v, step, share) for word in (x.data_ptr(), x.stride(0))),
+            self.rate.data_ptr(),
+            self.step_bias.data_ptr(),
             None if self.skip is None else self.skip.data_ptr(),
             states.data_ptr(),
+            states.stride(0),
             out.data_ptr(),
-            slots.ctypes.data,
-            indptr.ctypes.data,
-            _held(plan),
-            *(x.stride(0) for x in (q, k, v, step, share, states)),
-            plan.num_rows,
             self.key_heads,
             self.heads,
             self.key_dim,
             self.value_dim,
-            code,
-            self.delta,
-            torch.get_num_threads(),
             self.key_dim**-0.5,
             *self.steps,
+            torch.get_num_threads(),
         )
-        library.by_work(v.numel() * self.key_dim // 2).ol_recur(ctypes.addressof(call))
         return out
 
     def by_torch(

@@ -10,9 +10,10 @@ megabytes; with the compiled kernels the bits are those of decoding, for they ar
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,12 +69,40 @@ class RowsOnDevice:
     longest: int = 1
 
 
+class _StateRows(ctypes.Structure):
+    """StateRows of kernels_state.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("slots", "indptr", "held")),
+        ("count", ctypes.c_int64),
+    ]
+
+
+class KernelRows:
+    """The rows of a plan where native kernels read them. One that takes plan after plan stays at its address, which
+    calls that are made again have."""
+
+    def __init__(self, plan: StatePlan | None = None) -> None:
+        self._rows = _StateRows()
+        self._arrays: tuple[np.ndarray | None, ...] = ()
+        self.address = ctypes.addressof(self._rows)
+        if plan is not None:
+            self.take(plan)
+
+    def take(self, plan: StatePlan) -> None:
+        slots, indptr = (np.ascontiguousarray(array, np.int32) for array in (plan.slots, plan.qo_indptr))
+        self._arrays = slots, indptr, plan.held
+        held = None if plan.held is None else plan.held.ctypes.data
+        self._rows.__init__(slots.ctypes.data, indptr.ctypes.data, held, plan.num_rows)  # type: ignore[misc]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StatePlan:
     """The rows of a step: the slot of each, its tokens (CSR), and how many rows of one token come first.
 
     held: bool [rows], those that leave their slot's state as it was; None where none does.
     device: the same on a GPU. Of a step that a graph holds they are known there alone, and stand for decode rows.
+    rows: the same for native kernels, where they have been put already.
     """
 
     slots: Int32Array
@@ -81,6 +110,7 @@ class StatePlan:
     num_decode_rows: int
     device: RowsOnDevice | None = None
     held: BoolArray | None = None
+    rows: KernelRows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -128,6 +158,7 @@ class States:
         # Of the step at hand, by layer: what its held rows' tokens go through, and with what.
         self._kept: list[tuple[Advance, tuple[Tensor, ...]]] = []
         self._of_held = torch.empty(0, dtype=torch.int64)
+        self._rows = KernelRows()
         self.allocate()
 
     @property
@@ -172,6 +203,9 @@ class States:
 
     def run(self, plan: StatePlan) -> None:
         """The rows that come next."""
+        if self._device.type == "cpu":
+            self._rows.take(plan)
+            plan = replace(plan, rows=self._rows)
         self.plan = plan
         self._kept = []
         if plan.held is not None:

@@ -135,8 +135,10 @@ class Runner:
         self.tables.page_table[1:] = shuffled.reshape(num_seqs, pages)
         self.done = [0] * num_seqs
 
-    def step(self, rows: dict[int, list[int]]) -> Tensor:
-        """Feed new tokens of some sequences (number -> ids); the hidden states of all of them, row by row."""
+    def step(self, rows: dict[int, list[int]], *, drafts: bool = False) -> Tensor:
+        """Feed new tokens of some sequences (number -> ids); the hidden states of all of them, row by row.
+
+        drafts: in rows of several tokens the later ones are some, and `attention.states.settle` is to follow."""
         staging, at = self.staging, 0
         for row, (sequence, ids) in enumerate(rows.items()):
             staging.row_slot[row] = sequence + 1
@@ -148,7 +150,9 @@ class Runner:
             self.done[sequence] += len(ids)
         staging.qo_indptr[len(rows)] = at
         decode = len(rows) if all(len(ids) == 1 for ids in rows.values()) else 0
-        forward_input = ForwardInput(0, staging, len(rows), decode, at, 0, 0)
+        forward_input = ForwardInput(
+            0, staging, len(rows), decode, at, 0, 0, num_speculating_rows=len(rows) - decode if drafts else 0
+        )
         self.metadata.build(forward_input, self.tables)
         self.attention.plan(self.metadata)
         if self.attention.states is not None:

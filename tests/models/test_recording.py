@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,22 @@ from tests.models.support import Runner, load, make_checkpoint
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native kernels")
 
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+NEMOTRON_H = {
+    "layers_block_type": ["mamba", "attention", "mamba"],
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 20,
+    "n_groups": 2,
+    "head_dim": 16,
+}
 # Family, its sizes, and what the watch cannot answer for where rows are several.
 FAMILIES = [
     ("Llama", {}, None),
@@ -20,6 +38,8 @@ FAMILIES = [
     ("Qwen2", {}, None),
     ("Qwen3", {"head_dim": 16}, None),
     ("Gemma3", {"head_dim": 16, "sliding_window": 12}, None),
+    ("Qwen3_5", DELTA, None),
+    ("NemotronH", NEMOTRON_H, None),
     ("Starcoder2", {}, "ol_layer_norm"),
 ]
 
@@ -36,10 +56,13 @@ def steps(runner: Runner, seed: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(("family", "sizes", "refused"), FAMILIES, ids=[row[0] for row in FAMILIES])
-def test_the_same_bits(tmp_path: Path, family: str, sizes: dict[str, int], refused: str | None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits(
+    tmp_path: Path, family: str, sizes: dict[str, Any], refused: str | None, dtype: torch.dtype
+) -> None:
     make_checkpoint(tmp_path, family, **sizes)
-    model = load(tmp_path)
-    recorded, plain = Runner(model), Runner(model)
+    model = load(tmp_path, dtype, deterministic=True)
+    recorded, plain = Runner(model, dtype=dtype), Runner(model, dtype=dtype)
     plain.attention.recordings = None
     assert all(torch.equal(one, other) for one, other in zip(steps(recorded), steps(plain), strict=True))
     recordings = recorded.attention.recordings
@@ -88,6 +111,26 @@ def test_adapters_are_not_passed_over(tmp_path: Path) -> None:
             differs.append(one)
     assert recorded.attention.recordings is not None and len(recorded.attention.recordings) == 1
     assert not torch.equal(differs[-1], differs[-2])
+
+
+def test_drafts_are_not_passed_over(tmp_path: Path) -> None:
+    """A step that keeps what goes into states is never a recorded one of as many tokens, which would keep nothing."""
+    make_checkpoint(tmp_path, "Qwen3_5", **DELTA)
+    model = load(tmp_path)
+    recorded, plain = Runner(model), Runner(model)
+    plain.attention.recordings = None
+    rows = {sequence: [5 + sequence] for sequence in range(3)}
+    for _ in range(3):
+        assert torch.equal(recorded.step(rows), plain.step(rows))
+    assert recorded.attention.recordings is not None and len(recorded.attention.recordings) == 1
+    for right in (2, 3, 1):
+        assert torch.equal(recorded.step({1: [7, 8, 9]}, drafts=True)[:right], plain.step({1: [7, 8, 9][:right]}))
+        states, expected = recorded.attention.states, plain.attention.states
+        assert states is not None and expected is not None
+        states.settle(np.array([right]))
+        assert torch.equal(states._memory, expected._memory)
+        recorded.done = plain.done.copy()
+    assert torch.equal(recorded.step(rows), plain.step(rows))
 
 
 def test_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

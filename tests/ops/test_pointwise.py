@@ -28,11 +28,15 @@ def norm64(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.double()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm(mode: str, dtype: torch.dtype) -> None:
+# Of x and of the norm's weight.
+NORMED = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "weighed"), NORMED)
+def test_rms_norm(mode: str, dtype: torch.dtype, weighed: torch.dtype) -> None:
     torch.manual_seed(0)
     for rows, width in SIZES:
-        x, weight = (3 * torch.randn(rows, width)).to(dtype), torch.randn(width).to(dtype)
+        x, weight = (3 * torch.randn(rows, width)).to(dtype), torch.randn(width).to(weighed)
         before = x.clone()
         close(rms_norm(x, weight, 1e-5), norm64(x, weight, 1e-5))
         assert torch.equal(x, before)
@@ -41,12 +45,12 @@ def test_rms_norm(mode: str, dtype: torch.dtype) -> None:
     assert rms_norm(wide[:0], torch.ones(80, dtype=dtype), 1e-5).shape == (0, 80)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_add_rms_norm(mode: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "weighed"), NORMED)
+def test_add_rms_norm(mode: str, dtype: torch.dtype, weighed: torch.dtype) -> None:
     torch.manual_seed(0)
     for rows, width in SIZES:
         x, residual = torch.randn(rows, width).to(dtype), torch.randn(rows, width).to(dtype)
-        weight = torch.randn(width).to(dtype)
+        weight = torch.randn(width).to(weighed)
         total, memory = x + residual, residual.data_ptr()
         normed, summed = add_rms_norm(x, residual, weight, 1e-6)
         assert torch.equal(summed, total) and summed.data_ptr() == memory
@@ -91,6 +95,7 @@ def row_ops(dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
     weight = torch.randn(302).to(dtype)
     return [
         lambda x: rms_norm(x, weight, 1e-5),
+        lambda x: rms_norm(x, weight.float() + 1, 1e-5),
         lambda x: add_rms_norm(x, x.flip(1).clone(), weight, 1e-5)[0],
         silu_and_mul,
         gelu_tanh_and_mul,

@@ -60,7 +60,7 @@ class Attention:
         rows = list(self._rows)
         self._gates = heads * dim if spec.gated_queries else 0
         if self._gates:
-            assert order is None and value_dim == dim
+            assert order is None and value_dim == dim and kv_heads and not self._values_of_keys
             # From each head's query and gate to all queries and all gates.
             order = torch.arange(2 * heads * dim).view(heads, 2, dim).transpose(0, 1).flatten()
             rows[0] += self._gates
@@ -113,10 +113,12 @@ class Attention:
         if self._clip is not None:
             qkv = qkv.clamp_(-self._clip, self._clip)
         gate: Tensor | None = None
-        if self._gates:
-            q, gate, rest = qkv.tensor_split((self._gates, 2 * self._gates), 1)
-            qkv = torch.cat((q, rest), 1)
-        q, k, v = self._split_heads(qkv)
+        if not self._gates:
+            q, k, v = self._split_heads(qkv)
+        else:
+            queries, gate, rest = qkv.tensor_split((self._gates, 2 * self._gates), 1)
+            q = queries.view(-1, self._split[0], self._head_dim)
+            k, v = rest.view(-1, sum(self._split[1:]), self._head_dim).split_with_sizes(self._split[1:], 1)
         if self._v_norm is not None and v is not None:
             v = self._v_norm(as_rows(v, self._value_dim)).view(v.shape)
         if self._value_scale != 1.0 and v is not None:

@@ -317,7 +317,9 @@ class Decoder:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
         adapted = self.adapted is not None and self.adapted.rows.any
-        if attention.recordings is None or own is not None or adapted or self.aux_layers:
+        # What goes into held rows' states is kept as it comes by.
+        held = attention.states is not None and attention.states.plan.held is not None
+        if attention.recordings is None or own is not None or adapted or held or self.aux_layers:
             return self._through_layers(residual, own, positions, attention)
 
         def layers(x: Tensor) -> Tensor:
