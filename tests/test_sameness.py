@@ -23,7 +23,15 @@ import torch
 
 import engine.demo
 from engine.build import build_engine
-from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError, StreamOptions
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    ModelOptions,
+    SchedulerOptions,
+    SpeculationOptions,
+    StartupError,
+    StreamOptions,
+)
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.flags import parse
@@ -248,6 +256,8 @@ async def answers_of(
             admission_watermark=0.0 if setting.pool == "tiny" else 0.05,
         ),
         stream=StreamOptions(flush_interval_ms=1e6 if setting.stream == "late" else 0.0),
+        # On a busy machine no draft may pay: there are some all the same.
+        speculation=SpeculationOptions(adaptive=False),
     )
     executor = CPUExecutor(model, limits, dtype=dtype, kv_dtype=kv_dtype, proposer=guesses)
     whole = Engine(config, executor, tokenizer() if model.config.vocab_size > 1000 else None)
