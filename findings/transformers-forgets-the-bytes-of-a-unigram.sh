@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# transformers 5.24.0 (Apache-2.0): T5Tokenizer, which serves mT5 and UMT5 as well, builds its own Unigram model with
-# byte_fallback off, whatever the file says. A SentencePiece vocabulary that was trained with it has a token for each of
-# the 256 bytes, so that every character has ids; here a character without a piece of its own becomes <unk>, and its text
-# is gone: all of them look alike to the model. A tokenizer.json that says "byte_fallback": true is not believed either,
-# of it the vocabulary alone is kept. Its spaces and line ends go the same way: runs of them become one space each,
-# also where the file keeps them apart. Nothing is said; the tokenizers library with the same file has the other ids.
+# transformers 5.24.0 (Apache-2.0): T5Tokenizer, the class of mT5 as well, builds its own Unigram model with byte_fallback
+# off, whatever the file says. A SentencePiece vocabulary that was trained with it has a token for each of the 256 bytes,
+# so that every character has ids; here a character without a piece of its own becomes <unk>, and its text is gone: all
+# of them look alike to the model. A tokenizer.json that says "byte_fallback": true is not believed either, of it the
+# vocabulary alone is kept. Spaces and line ends go the same way: runs of them become one space each, also where the file
+# keeps them apart. Nothing is said; the tokenizers library with the same file has the other ids.
 #
 # Seen: a vocabulary without digits. SentencePiece encodes "river 9" with the byte <0x39> and decodes it to "river 9"; both
 # tokenizers that transformers loads have <unk> and give back "river <unk>". "the\n\nriver" comes back as "the river".

@@ -44,8 +44,8 @@ def compare(folder, texts, **rules):
         ids = {name: tokenizer(text, add_special_tokens=False)["input_ids"] for name, tokenizer in found.items()}
         assert ids["PreTrainedTokenizerFast"] == right
         same.append(ids["LlamaTokenizer"] == right)
-        print(f"{folder}: {text!r} {pieces.encode(text, out_type=str)}", end=" ")
-        print("LlamaTokenizer:", "the same" if same[-1] else found["LlamaTokenizer"].convert_ids_to_tokens(ids["LlamaTokenizer"]))
+        other = found["LlamaTokenizer"].convert_ids_to_tokens(ids["LlamaTokenizer"])
+        print(f"{folder}: {text!r} {pieces.encode(text, out_type=str)} LlamaTokenizer: {'the same' if same[-1] else other}")
     return same
 
 
