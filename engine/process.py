@@ -27,12 +27,18 @@ QUIET_S, BETWEEN_S = 1.0, 60.0
 QUIET_SHARE, QUIET_OBJECTS = 0.05, 1_000
 
 
+# Whether `begin` has turned the collector off.
+_collects_later = False
+
+
 def begin() -> threading.Thread | None:
     """Called before anything large is imported. Returns the thread that maps torch's largest library, if one does.
 
     Until `imported` no garbage is collected: what is imported stays, and to look through it over and over takes a
     twelfth of the imports' time.
     """
+    global _collects_later
+    _collects_later = gc.isenabled()
     gc.disable()
     # OpenMP reads its settings when it is loaded, which is with that library.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,7 +64,9 @@ def _map(library: Path) -> None:
 
 def imported() -> None:
     """Behind `begin`, when all that is large is imported; without it, in somebody else's process, this does nothing."""
-    if not gc.isenabled():
+    global _collects_later
+    if _collects_later:
+        _collects_later = False
         gc.freeze()
         gc.enable()
 

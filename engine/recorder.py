@@ -280,6 +280,8 @@ class Recorder:
         """A step whose launch nobody saw is left out. One tuple and no more: this is done for each step of a trace."""
         launch, step = batch.recorded, batch.forward_input
         if launch is None:
+            if self._ends is not None:
+                self._ends[0].clear()  # first tokens of this one
             return
         ends, self._ends = self._ends or _NOTHING, None
         self._hand_on((

@@ -198,6 +198,11 @@ def test_a_start_collects_no_garbage_before_all_is_imported() -> None:
 
 def test_in_somebody_elses_process_nothing_is_frozen() -> None:
     assert run("import gc\nfrom engine.process import imported\nimported()\nprint(gc.get_freeze_count())") == "0\n"
+    printed = run(
+        "import gc\nfrom engine.process import begin, imported\ngc.disable()\nimported()\nbegin()\nimported()\n"
+        "print(gc.isenabled(), gc.get_freeze_count())"
+    )
+    assert printed == "False 0\n"
 
 
 def test_torchs_library_is_mapped_beside_what_is_imported() -> None:

@@ -16,6 +16,7 @@ MIN_PACKED = 16 * 1024
 
 # A word's end: few tokenizers join what is on its two sides.
 _CUT = re.compile(r"(?<=\w)(?=\W)")
+_BREAK = re.compile(r"\W")
 # Whether one does is tried with so many characters on each side, at so many places before the text is left as it is.
 _AROUND = 512
 _TRIES = 8
@@ -32,7 +33,8 @@ def cut_text(text: str, encode: Callable[[str], list[int]]) -> Iterator[str]:
         for match in islice(_CUT.finditer(text, place, place + PIECE), _TRIES):
             cut, tried = match.start(), True
             left, right = text[max(start, cut - _AROUND) : cut], text[cut : cut + _AROUND]
-            if encode(left + right) == encode(left) + encode(right):
+            # A run that is longer than what is tried goes on otherwise than it does there.
+            if _BREAK.search(left) and encode(left + right) == encode(left) + encode(right):
                 yield text[start:cut]
                 start, place = cut, cut + PIECE
                 break

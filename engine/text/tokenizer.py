@@ -147,7 +147,8 @@ class Tokenizer:
         if len(text) > 2 * PIECE:
             head = text[:INLINE_CHARACTERS]
             framed, bare = self._encode_whole(head, add_special_tokens=True), self._encode_piece(head)
-            for before in range(len(framed) - len(bare) + 1):
+            # A beginning that leaves no ids behind says nothing.
+            for before in range(len(framed) - len(bare) + 1 if bare else 0):
                 if framed[before : before + len(bare)] == bare:
                     return framed[:before] + self.encode(text, add_special_tokens=False) + framed[before + len(bare) :]
         return self._encode_whole(text, add_special_tokens=True)

@@ -20,6 +20,7 @@ from server.protocol.errors import ApiError, json_response
 from server.sse import EVENT_HEADERS, KEEP_ALIVE, EventStream
 from server.state import STATE, State
 from server.trace_events import TraceEvents
+from server.trace_file import orjson_lines
 
 MAX_TRACE_S = 60.0
 MAX_TRACES = 4
@@ -194,7 +195,8 @@ async def trace(request: web.Request) -> web.Response:
             "forgotten": is_full,
             "left_out": writer.num_left_out,
         }
-        return orjson.dumps({"traceEvents": found, "displayTimeUnit": "ms", "otherData": about})
+        rest = orjson.dumps({"displayTimeUnit": "ms", "otherData": about})
+        return b'{"traceEvents":[\n%b\n],%b' % (orjson_lines(found).removesuffix(b",\n"), rest[1:])
 
     body = await asyncio.to_thread(encode)
     headers = {"Content-Disposition": 'attachment; filename="oneloop-trace.json"'}

@@ -18,7 +18,7 @@ async def render(request: web.Request) -> web.Response:
     state, body = request.app[STATE], await read_body(request)
     model = read_model(body, state.model)
     text, tokens = await encode_messages(body, state, read_tools(body))
-    return json_response({"model": model, "prompt": text, "token_ids": tokens})
+    return json_response({"model": model, "prompt": text, "token_ids": list(tokens)})
 
 
 ROUTES = with_short_forms(tuple(("POST", path, render) for path in ("/v1/chat/completions/render", "/apply-template")))

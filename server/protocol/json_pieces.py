@@ -22,12 +22,15 @@ PIECE = 16 * 1024
 WHOLE = 1024 * 1024
 # The parser's own limit; what is deeper is left to it to refuse.
 MAX_DEPTH = 1024
+# Brackets that are open where the rest is read at once: each takes two calls within calls, which have a limit, too.
+MOST_NESTED = 256
 
 _QUOTE, _BACKSLASH, _COMMA, _COLON = b'"\\,:'
 # Where a string may be cut: before a character of several bytes, behind seven plain ones (an escape is at most six),
 # before an escape that is no second half of a pair.
 _CUT = re.compile(rb"[\xc0-\xf7]|[ !#-\[\]-~]{7}|(?<=[^\\])\\(?!u[dD][c-fC-F])")
 _SPACE = b" \t\r\n"
+_NO_SPACE = re.compile(rb"[^ \t\r\n]")
 
 Positions = npt.NDArray[np.int64]
 
@@ -108,7 +111,7 @@ class _Reader:
     def value(self, start: int, end: int, depth: int) -> Any:
         """The value in data[start:end]; depth: brackets that are open around it."""
         data, self.place = self._data, start
-        if end - start <= PIECE:
+        if end - start <= PIECE or depth >= MOST_NESTED:
             return self._piece(data[start:end])
         while start < end and data[start] in _SPACE:
             start += 1
@@ -130,7 +133,7 @@ class _Reader:
         first, last = np.searchsorted(self._depths, [depth, depth + 1])
         commas = self._commas[first:last]
         low, high = np.searchsorted(commas, [start, end])
-        if low == high and not self._data[start:end].strip(_SPACE):
+        if low == high and _NO_SPACE.search(self._data, start, end) is None:
             return items if is_list else fields
         edges = [start - 1, *commas[low:high].tolist(), end]
         place = 0

@@ -271,8 +271,9 @@ async def test_what_a_prompt_of_many_ids_is_asked_is_answered() -> None:
         messages = [{"role": "user", "content": text}]
         status, body = await server.post(CHAT, {"messages": messages, **asked})
         assert status == 200 and text in tokenizer().decode(body["prompt_token_ids"])
-        _, found = await server.post("/tokenize", {"messages": messages})
-        assert found["tokens"] == body["prompt_token_ids"]
+        for path, name in (("/tokenize", "tokens"), (f"{CHAT}/render", "token_ids")):
+            status, found = await server.post(path, {"messages": messages})
+            assert status == 200 and found[name] == body["prompt_token_ids"]
         sampling = {"max_new_tokens": 2}
         status, body = await server.post(
             "/generate", {"text": text, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}

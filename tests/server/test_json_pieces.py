@@ -152,3 +152,17 @@ def test_no_piece_is_long(body: dict[str, Any], ascii: bool, monkeypatch: pytest
     assert json_pieces.loads(data, lambda: ways.append(None)) == body
     assert len(ways) == len(sizes) > 1
     assert max(sizes) <= 9 * json_pieces.PIECE
+
+
+@pytest.mark.parametrize("depth", [250, 260, 600, 1020])
+@pytest.mark.parametrize("inner", [b"[" + b"1," * 9_000 + b"1]", b'"' + b"x" * 20_000 + b'"', b" " * 20_000])
+def test_what_lies_deep_is_read_all_the_same(depth: int, inner: bytes) -> None:
+    """Calls within calls have a limit of their own."""
+    data = b"[" * depth + inner + b"]" * depth
+    found, expected = json_pieces.loads(data), orjson.loads(data)
+    # A comparison would go as deep.
+    for _ in range(depth - 1):
+        [found], [expected] = found, expected
+    assert found == expected
+    with pytest.raises(orjson.JSONDecodeError):
+        json_pieces.loads(b"[" * depth + inner + b",]" + b"]" * (depth - 1))

@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import torch
 
 from engine.executor.cpu import CPUExecutor
 from engine.inspection import PAGE_STATES
 from engine.models.offload import Weighed
-from server import live_feed
+from server import live_feed, trace_file
 from server.trace_file import TraceFile
 from tests.models.support import load
 from tests.server.support import BOUND_S, DEMO, Live, live, until
@@ -296,6 +297,22 @@ async def test_a_trace_file_is_whole_json_after_a_clean_end(tmp_path: Path) -> N
         by_phase = check_trace(json.loads(path.read_bytes()))
         assert len(by_phase["f"]) == 1 and {event["name"] for event in by_phase["X"]} >= {"schedule", "publish"}
         assert server.engine.recorder.stages is None
+
+
+def test_many_events_are_written_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Watched:
+        @staticmethod
+        def dumps(events: list[Json]) -> bytes:
+            sizes.append(len(events))
+            return orjson.dumps(events)
+
+    monkeypatch.setattr(trace_file, "orjson", Watched)
+    events = [{"number": number} for number in range(3 * trace_file.PART + 1)]
+    written = trace_file.orjson_lines(events)
+    assert written.endswith(b",\n") and json.loads(b"[%b]" % written[:-2]) == events
+    assert max(sizes) == trace_file.PART and not trace_file.orjson_lines([])
 
 
 async def test_a_drain_does_not_wait_for_who_looks() -> None:

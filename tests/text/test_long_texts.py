@@ -81,6 +81,28 @@ def test_the_ids_are_those_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPat
                 assert tokenizer.encode(text, add_special_tokens=special) == whole
 
 
+def test_runs_longer_than_what_is_tried_are_not_cut_behind() -> None:
+    """Pairs are joined from a run's beginning: how it ends depends on its length."""
+    merges = [("_", "_"), ("__", "__"), ("_", "Ċ")]
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    backend = tokenizers.Tokenizer(models.BPE({word: number for number, word in enumerate(letters)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(backend)
+    text = ("_" * 601 + "\n") * 400
+    assert tokenizer.encode(text, add_special_tokens=False) == tokenizer._encode_whole(text, add_special_tokens=False)
+
+
+def test_special_tokens_stand_around_a_text_that_begins_with_nothing() -> None:
+    words = {word: number for number, word in enumerate(["[UNK]", "[CLS]", "[SEP]", "fox"])}
+    backend = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    found = Tokenizer(backend).encode(" " * 2000 + "fox " * 40_000)
+    assert found[:2] == [1, 3] and found[-2:] == [3, 2] and len(found) == 40_002
+
+
 @pytest.mark.parametrize("kind", ["demo", "gpt2", "words with what is before them"])
 def test_no_text_that_is_tokenised_is_long(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, sizes = KINDS[kind](), []

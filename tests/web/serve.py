@@ -77,7 +77,8 @@ class Stall(NamedTuple):
 
 
 class Stalls:
-    """The latest tick since the last that was told, and the one with the most work of the loop's own."""
+    """The latest tick since the last that was told, and the one with the most work of the loop's own: of a turn of
+    the loop, or of some that are shorter than a tick."""
 
     EVERY_S = 0.001
 
