@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -93,6 +94,12 @@ class Device:
     def read(self, peer: bytes, timeout_s: float) -> Future[int]:
         return self.connector.read(self.describe(peer), PLACES, timeout_s)
 
+    def expire(self, future: Future[int]) -> None:
+        """Its transfer has begun, and now its time is over."""
+        while not (found := [read for read in self.connector._running if read.future is future and read.handle]):
+            time.sleep(0.001)
+        found[0].ends_at = 0.0
+
     def num_writing(self) -> int:
         """Transfers that may yet write to the memory: agents that are gone have none."""
         gc.collect()
@@ -118,9 +125,10 @@ def reason_of(future: Future[int]) -> str:
 def test_a_transfer_that_never_ends_is_given_up(device: Device) -> None:
     """Its pages are free when nobody can write to them any more; others come to their end, and there are more."""
     told: list[int] = []
-    stuck = device.read(STUCK, 0.2)
+    stuck = device.read(STUCK, 3600.0)
     stuck.add_done_callback(lambda _: told.append(device.num_writing()))
     patient = device.read(STUCK, 3600.0)
+    device.expire(stuck)
     assert reason_of(stuck) == "timeout" and told == [0]
     assert len(device.agents) == 2 and not patient.done()
     # That one began again with the other agent, which knows the memory and is known.
@@ -151,7 +159,8 @@ def test_without_another_agent_nothing_is_read(device: Device, monkeypatch: pyte
         raise OSError("no more agents")
 
     monkeypatch.setattr(device.connector, "_make_agent", fail)
-    stuck, patient = device.read(STUCK, 0.2), device.read(STUCK, 3600.0)
+    stuck, patient = device.read(STUCK, 3600.0), device.read(STUCK, 3600.0)
+    device.expire(stuck)
     assert {reason_of(stuck), reason_of(patient)} == {"timeout"} and not device.num_writing()
     with pytest.raises(TransferError, match="away"):
         device.read(GOOD, 20.0)
@@ -183,8 +192,9 @@ def test_pages_stay_lent_while_a_transfer_cannot_be_released(device: Device, mon
     monkeypatch.setattr(Agent, "check_xfer_state", fail)
     monkeypatch.setattr(Agent, "release_xfer_handle", fail)
     told: list[int] = []
-    read = device.read(GOOD, 0.2)
+    read = device.read(GOOD, 3600.0)
     read.add_done_callback(lambda _: told.append(device.num_writing()))
+    device.expire(read)
     assert reason_of(read) == "timeout" and told == [0] and len(device.agents) == 2
 
 
