@@ -129,7 +129,7 @@ class LoopWatch:
 
     def _wait(self, now: float) -> None:
         assert self._loop is not None
-        self._due_at = now + LOOK_S
+        self._due_at, self._waited = now + LOOK_S, waited()
         self._timer = self._loop.call_at(self._due_at, self._look)
 
     def _look(self) -> None:
@@ -137,7 +137,6 @@ class LoopWatch:
         # The loop's own time is that of the turn's begin; what this turn did before is part of the lag.
         now, ran, queued = time.monotonic(), time.thread_time(), waited()
         used, in_queue = ran + queued, queued - self._waited
-        self._waited = queued
         lag, seconds = max(0.0, now - self._due_at), max(1e-9, now - self._looked_at)
         utilisation = min(1.0, (used - self._used) / seconds)
         self._looked_at, self._used = now, used
