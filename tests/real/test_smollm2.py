@@ -46,8 +46,18 @@ def prompts(ours: tuple[LLM, LLM]) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def greedy(ours: tuple[LLM, LLM], prompts: list[list[int]]) -> list[list[int]]:
+    """Of the directory's weights. Those that stay packed round what goes into them to 16 bits: where two tokens are as
+    likely, theirs may be the other one."""
     first, second = ([each.outputs[0].token_ids for each in llm.generate(prompts, GREEDY)] for llm in ours)
-    assert first == second
+    others = [index for index, (one, other) in enumerate(zip(first, second, strict=True)) if one != other]
+    for index in others:
+        at = next(at for at, (a, b) in enumerate(zip(first[index], second[index], strict=True)) if a != b)
+        text = prompts[index] + second[index][: at + 1]
+        [scored] = ours[0].generate([text], replace(ONE, prompt_logprobs=1))
+        assert scored.prompt_logprobs is not None
+        place = scored.prompt_logprobs[-1]
+        assert place.top[0][1] - place.logprob < 0.01, (index, at, place)
+    assert len(others) <= len(prompts) // 10, others
     return first
 
 
