@@ -118,8 +118,7 @@ class LoopWatch:
         """tells: others wait for this loop, so a long lag is logged, and garbage collected when they do not."""
         self._tells = tells
         self._loop = asyncio.get_running_loop()
-        self._looked_at, self._waited = self._loop.time(), waited()
-        self._used = time.thread_time() + self._waited
+        self._looked_at, self._used = self._loop.time(), time.thread_time() + waited()
         self._wait(self._looked_at)
 
     def stop(self) -> None:

@@ -93,7 +93,8 @@ class KernelRows:
         slots, indptr = (np.ascontiguousarray(array, np.int32) for array in (plan.slots, plan.qo_indptr))
         self._arrays = slots, indptr, plan.held
         held = None if plan.held is None else plan.held.ctypes.data
-        self._rows.__init__(slots.ctypes.data, indptr.ctypes.data, held, plan.num_rows)  # type: ignore[misc]
+        rows = self._rows
+        rows.slots, rows.indptr, rows.held, rows.count = slots.ctypes.data, indptr.ctypes.data, held, plan.num_rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)

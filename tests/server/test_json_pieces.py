@@ -95,16 +95,8 @@ def test_what_is_json_is_never_parsed_as_a_whole(seed: int, monkeypatch: pytest.
         assert outcome(json_pieces.loads, data) == outcome(orjson.loads, data), data
 
 
-@pytest.mark.parametrize(
-    ("data", "what"),
-    [
-        (b'{"messages": "' + b"x" * 2_000_000, "near byte 2000014"),
-        (b"[" * 2_000_000, "more than 1024 brackets are open, near byte 1024"),
-        (b"[" + b"1, " * 500_000 + b"oops" + b", 1" * 500_000 + b"]", "expected value|unexpected character"),
-        (b"{}" + b" " * 2_000_000 + b"}", "near byte 2000002"),
-    ],
-)
-def test_of_much_broken_json_no_whole_is_parsed(data: bytes, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of each piece that the parser is given from now on."""
     sizes: list[int] = []
     real = orjson.loads
 
@@ -117,6 +109,20 @@ def test_of_much_broken_json_no_whole_is_parsed(data: bytes, what: str, monkeypa
             return real(piece)
 
     monkeypatch.setattr(json_pieces, "orjson", Watched)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b'{"messages": "' + b"x" * 2_000_000, "near byte 2000014"),
+        (b"[" * 2_000_000, "more than 1024 brackets are open, near byte 1024"),
+        (b"[" + b"1, " * 500_000 + b"oops" + b", 1" * 500_000 + b"]", "expected value|unexpected character"),
+        (b"{}" + b" " * 2_000_000 + b"}", "near byte 2000002"),
+    ],
+)
+def test_of_much_broken_json_no_whole_is_parsed(data: bytes, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = watched(monkeypatch)
     with pytest.raises(ValueError, match=what):
         json_pieces.loads(data)
     assert max(sizes, default=0) <= 9 * json_pieces.PIECE
@@ -136,18 +142,7 @@ def test_of_much_broken_json_no_whole_is_parsed(data: bytes, what: str, monkeypa
 @pytest.mark.parametrize("ascii", [True, False])
 def test_no_piece_is_long(body: dict[str, Any], ascii: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     data = json.dumps(body, ensure_ascii=ascii).encode()
-    sizes: list[int] = []
-    real = orjson.loads
-
-    class Watched:
-        JSONDecodeError = orjson.JSONDecodeError
-
-        @staticmethod
-        def loads(piece: bytes) -> Any:
-            sizes.append(len(piece))
-            return real(piece)
-
-    monkeypatch.setattr(json_pieces, "orjson", Watched)
+    sizes = watched(monkeypatch)
     ways: list[None] = []
     assert json_pieces.loads(data, lambda: ways.append(None)) == body
     assert len(ways) == len(sizes) > 1

@@ -97,6 +97,7 @@ class Device:
     def expire(self, future: Future[int]) -> None:
         """Its transfer has begun, and now its time is over."""
         while not (found := [read for read in self.connector._running if read.future is future and read.handle]):
+            assert not future.done()
             time.sleep(0.001)
         found[0].ends_at = 0.0
 
