@@ -52,12 +52,12 @@ class Server:
         assert line, "the server did not start"
         self.port = int(line)
 
-    def stalls(self) -> dict[str, dict[str, float | None]]:
+    def stalls(self) -> dict[str, dict[str, float]]:
         """latest, busiest: a Stall of tests/web/serve.py each; from the last call on."""
         assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("?\n")
         self.process.stdin.flush()
-        found: dict[str, dict[str, float | None]] = json.loads(self.process.stdout.readline())
+        found: dict[str, dict[str, float]] = json.loads(self.process.stdout.readline())
         return found
 
     def kill(self) -> None:

@@ -115,8 +115,10 @@ def stalls(browser: Browser, server: Server, count: int, paragraphs: int) -> Non
         f"stall with {count} pages   {busiest['worked']:6.1f} ms of the loop's own work at a time at most, "
         f"{busiest['collected']:.1f} of them garbage"
     )
-    queued = "" if latest["queued"] is None else f", {latest['queued']:.0f} in the queue for a processor"
-    print(f"late by the clock      {latest['late']:6.0f} ms at most: {latest['worked']:.1f} of own work{queued}")
+    print(
+        f"late by the clock      {latest['late']:6.0f} ms at most: {latest['worked']:.1f} of own work, "
+        f"{latest['queued']:.0f} in the queue for a processor"
+    )
 
 
 def main() -> None:

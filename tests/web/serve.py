@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import json
 import os
@@ -25,6 +24,7 @@ import uvloop
 from engine.executor.base import StepHandle
 from engine.executor.fake import FakeHandle, FakeModel
 from engine.forward import ForwardOutput, Limits
+from engine.pace import waited
 from engine.process import settle
 from tests.server.dictate import dictated
 from tests.server.support import Device, live, served_model, tokenizer
@@ -68,12 +68,12 @@ class OwnThread(Device):
 class Stall(NamedTuple):
     """Milliseconds between two ticks of the loop. late: by the clock, beyond the tick. worked: what its thread computed
     meanwhile, collected of that in the garbage collector. queued: what the thread waited for a processor that others
-    had; None where the system does not say. What is left of `late` went to threads that held the interpreter."""
+    had; 0 where the system does not say. What is left of `late` went to threads that held the interpreter."""
 
     late: float = 0.0
     worked: float = 0.0
     collected: float = 0.0
-    queued: float | None = None
+    queued: float = 0.0
 
 
 class Stalls:
@@ -86,10 +86,6 @@ class Stalls:
         """On the loop's thread."""
         self.latest = self.busiest = Stall()
         self._collected = 0.0
-        self._schedstat = None
-        with contextlib.suppress(OSError):
-            # Linux: ns on a processor, ns in the queue for one, time slices.
-            self._schedstat = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
         self._thread = threading.get_ident()
         gc.callbacks.append(self._on_collection)
         self._loop = asyncio.get_running_loop()
@@ -97,19 +93,16 @@ class Stalls:
         self._loop.call_later(self.EVERY_S, self._tick)
 
     def _now(self) -> tuple[float, float, float, float]:
-        return time.perf_counter(), time.thread_time(), self._collected, self._queued()
+        return time.perf_counter(), time.thread_time(), self._collected, waited()
 
     def _on_collection(self, phase: str, _: dict[str, int]) -> None:
         if threading.get_ident() == self._thread:
             self._collected += time.thread_time() if phase == "stop" else -time.thread_time()
 
-    def _queued(self) -> float:
-        return 0.0 if self._schedstat is None else int(os.pread(self._schedstat, 64, 0).split()[1]) / 1e9
-
     def _tick(self) -> None:
         """A timer's own call, which waits for no other that is ready: from one to the next it is a turn of the loop."""
         took, worked, collected, queued = (1e3 * (at - was) for at, was in zip(self._now(), self._since, strict=True))
-        stall = Stall(took - 1e3 * self.EVERY_S, worked, collected, None if self._schedstat is None else queued)
+        stall = Stall(took - 1e3 * self.EVERY_S, worked, collected, queued)
         if stall.late > self.latest.late:
             self.latest = stall
         if worked > self.busiest.worked:
