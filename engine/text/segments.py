@@ -11,7 +11,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from tokenizers import AddedToken
 
@@ -40,16 +40,28 @@ def cut_tokens(added: dict[int, AddedToken]) -> dict[str, int]:
         if neighbours and (text[0].isalnum() or text[0] == "_"):
             # Before it one that wants a word's end is none; at the end of a segment it would be.
             continue
-        if not any(_collides(other, text) for other in raw):
-            found[text] = token_id
-    return found
+        found[text] = token_id
+    taken = _held(raw, found) | _begun(raw, found)
+    return {text: token_id for text, token_id in found.items() if text not in taken}
 
 
-def _collides(other: str, text: str) -> bool:
-    """Whether a match of `other` may take an occurrence of `text`, or a part of its beginning, away."""
-    if other != text and text in other:
-        return True
-    return any(other.endswith(text[:size]) for size in range(1, min(len(text), len(other))))
+def _held(raw: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """Those of `texts` that a longer one holds, by what is as long as one of them: a model may reserve thousands."""
+    wanted = set(texts)
+    sizes = {len(text) for text in wanted}
+    return {
+        part
+        for other in raw
+        for size in sizes
+        for place in range(len(other) - size + 1)
+        if size < len(other) and (part := other[place : place + size]) in wanted
+    }
+
+
+def _begun(raw: Iterable[str], texts: Iterable[str]) -> set[str]:
+    """Those of `texts` whose beginning is the end of one, of their own as well."""
+    ends = {other[place:] for other in raw for place in range(1, len(other))}
+    return {text for text in texts if any(text[:size] in ends for size in range(1, len(text)))}
 
 
 class Segments:

@@ -113,3 +113,24 @@ def test_a_token_that_begins_as_a_word_does_is_not_cut_at_behind_one_that_wants_
     )
     for text in (f"END{long}", f"{long} fooEND{long}", f"{long} foo[sep]{long}", f"[sep]{long} foo"):
         assert made.encode(text) == backend.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_cut_at_is_what_no_other_token_takes_away(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(200):
+        texts = {"".join(draw.choices("ab<|", k=draw.randint(2, 6))) for _ in range(draw.randint(1, 8))}
+        alone = {
+            text
+            for text in texts
+            if not any(text in other for other in texts - {text})
+            and not any(other.endswith(text[:size]) for other in texts for size in range(1, min(len(text), len(other))))
+        }
+        tokens = [AddedToken(text, special=True, normalized=False) for text in sorted(texts)]
+        assert set(cut_tokens(dict(enumerate(tokens)))) == alone
+
+
+def test_thousands_of_reserved_tokens_are_cut_at() -> None:
+    """Each against each took minutes of a start."""
+    tokens = [AddedToken(f"<|reserved_{index}|>", special=True, normalized=False) for index in range(20_000)]
+    assert len(cut_tokens(dict(enumerate(tokens)))) == len(tokens)
