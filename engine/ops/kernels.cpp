@@ -1261,90 +1261,6 @@ void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64
     });
 }
 
-// ---------------------------------------------------------------- four-bit weights
-
-// MXFP4 (ops/mxfp4.py): 32 codes in 16 bytes, low halves first, and an exponent. A block is unpacked as the 16 low halves
-// and then the 16 high ones, and inputs are laid out alike; every output is one chain of sums along K, whatever is beside it.
-constexpr int MX = 32, MX_N = 4, MX_M = VL == 16 ? 4 : 2;
-typedef int8_t bytes16 __attribute__((vector_size(16)));
-typedef int8_t bytes_vl __attribute__((vector_size(VL)));
-
-INLINE bytes16 twice_value(bytes16 code) {
-    const bytes16 table = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
-#if defined(__AVX__)
-    return (bytes16)_mm_shuffle_epi8((__m128i)table, (__m128i)code);
-#elif defined(__aarch64__)
-    return (bytes16)vqtbl1q_s8((int8x16_t)table, (uint8x16_t)code);
-#else
-    bytes16 x;
-    for (int i = 0; i < 16; i++) x[i] = table[code[i]];
-    return x;
-#endif
-}
-
-// Half of 2^(scale - 127); 255 is not a number.
-INLINE float half_scale(uint8_t scale) { return scale == 255 ? NAN : ldexpf(0.5f, (int)scale - 127); }
-
-INLINE void unpack_mxfp4(const uint8_t* blocks, const uint8_t* scales, const float* halves, i64 count, float* out) {
-    for (i64 b = 0; b < count; b++) {
-        bytes16 both;
-        memcpy(&both, blocks + b * 16, 16);
-        const vf scale = splat(halves[scales[b]]);
-        const bytes16 parts[2] = {twice_value(both & 15), twice_value((bytes16)((both >> 4) & 15))};
-        for (int i = 0; i < MX; i += VL) {
-            bytes_vl x;
-            memcpy(&x, (const int8_t*)parts + i, VL);
-            store(out + b * MX + i, __builtin_convertvector(x, vf) * scale);
-        }
-    }
-}
-
-template <int M>
-INLINE void mxfp4_tile(const float* x, const float* w, i64 K, float* sums) {
-    vf acc[M][MX_N] = {};
-    for (i64 k = 0; k < K; k += VL) {
-        vf b[MX_N];
-        for (int n = 0; n < MX_N; n++) b[n] = load(w + n * K + k);
-        for (int m = 0; m < M; m++) {
-            vf a = load(x + m * K + k);
-            for (int n = 0; n < MX_N; n++) acc[m][n] = fma(a, b[n], acc[m][n]);
-        }
-    }
-    for (int m = 0; m < M; m++)
-        for (int n = 0; n < MX_N; n++) sums[m * MX_N + n] = sum_lanes(acc[m][n]);
-}
-
-template <class T>
-void mxfp4_linear(const T* x, i64 ldx, i64 M, i64 K, const uint8_t* blocks, const uint8_t* scales, i64 N, const float* bias, T* out,
-                  int threads) {
-    const i64 count = K / MX;
-    threads = limit_threads(threads, (double)M * N * K, 131072);
-    float halves[256];
-    for (int i = 0; i < 256; i++) halves[i] = half_scale((uint8_t)i);
-    float* packed = (float*)scratch<5>((size_t)M * K * 4);
-    parallel(M, limit_threads(threads, (double)M * K, 65536), [&](i64 m) {
-        for (i64 b = 0; b < count; b++)
-            for (int i = 0; i < MX; i++) packed[m * K + b * MX + (i % 2) * 16 + i / 2] = load1(x + m * ldx + b * MX + i);
-    });
-    parallel((N + MX_N - 1) / MX_N, threads, [&](i64 g) {
-        const i64 n0 = g * MX_N, rows = std::min<i64>(MX_N, N - n0);
-        float* w = (float*)scratch<6>((size_t)MX_N * K * 4);
-        for (i64 n = 0; n < MX_N; n++) {
-            const i64 row = std::min(n0 + n, N - 1);
-            unpack_mxfp4(blocks + row * count * 16, scales + row * count, halves, count, w + n * K);
-        }
-        float sums[MX_M * MX_N];
-        for (i64 m = 0; m < M;) {
-            const int now = M - m >= MX_M ? MX_M : 1;
-            if (now > 1) mxfp4_tile<MX_M>(packed + m * K, w, K, sums);
-            else mxfp4_tile<1>(packed + m * K, w, K, sums);
-            for (int i = 0; i < now; i++)
-                for (i64 n = 0; n < rows; n++) store1(out + (m + i) * N + n0 + n, sums[i * MX_N + n] + bias[n0 + n]);
-            m += now;
-        }
-    });
-}
-
 // ---------------------------------------------------------------- sampling
 
 struct Params {  // forward.SAMPLING_DTYPE
@@ -1904,11 +1820,6 @@ EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* 
                                                            eps, (int)threads);
             else gated_norm<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width, eps,
                                            (int)threads))
-}
-
-EXPORT void ol_mxfp4_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* blocks, const void* scales, int64_t N,
-                            const float* bias, void* out, int64_t threads) {
-    BY_TYPE(type, mxfp4_linear((const T*)x, ldx, M, K, (const uint8_t*)blocks, (const uint8_t*)scales, N, bias, (T*)out, (int)threads))
 }
 
 EXPORT void ol_lora(int64_t type, const void* x, int64_t ldx, int64_t K, void* y, int64_t ldy, const int32_t* rows, const void* groups,

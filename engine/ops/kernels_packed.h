@@ -51,10 +51,17 @@ INLINE void put_nibbles(const uint8_t* from, int count, uint8_t* to) {  // low h
 }
 INLINE uint16_t u16_at(const uint8_t* p) { return (uint16_t)(p[0] | p[1] << 8); }
 INLINE void fifth_bits(const uint8_t* from, uint8_t* codes) {
-    for (int i = 0; i < 32; i++) codes[i] |= (from[i / 8] >> (i % 8) & 1) << 4;
+    for (int i = 0; i < 4; i++) {  // a byte for each bit
+        uint64_t bits = from[i] * 0x0101010101010101u & 0x8040201008040201u, eight;
+        bits = (bits + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+        memcpy(&eight, codes + 8 * i, 8);
+        eight |= bits << 4;
+        memcpy(codes + 8 * i, &eight, 8);
+    }
 }
 INLINE void two_bits(const uint8_t* from, uint8_t* codes) {
-    for (int i = 0; i < 256; i++) codes[i] = from[i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32)) & 3;
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) codes[32 * j + i] = from[j / 4 * 32 + i] >> (2 * (j % 4)) & 3;
 }
 INLINE void six_bits(const uint8_t* from, Split& to) {
     for (int j = 0; j < 4; j++) {
@@ -93,7 +100,8 @@ void Q2_K::split(const uint8_t* b, Split& to) {
 }
 void Q3_K::split(const uint8_t* b, Split& to) {
     two_bits(b + 32, to.codes);
-    for (int i = 0; i < 256; i++) to.codes[i] |= (b[i % 32] >> (i / 32) & 1) << 2;
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) to.codes[32 * j + i] |= (b[i] >> j & 1) << 2;
     for (int k = 0; k < 16; k++) {
         const int low = k < 8 ? b[96 + k] & 15 : b[96 + k - 8] >> 4;
         to.scales[k] = (uint8_t)((low | (b[104 + k % 4] >> (2 * (k / 4)) & 3) << 4) - 32);
@@ -109,11 +117,13 @@ void Q5_K::split(const uint8_t* b, Split& to) {
     to.d = u16_at(b), to.m = u16_at(b + 2);
     six_bits(b + 4, to);
     for (int i = 0; i < 4; i++) put_nibbles(b + 48 + 32 * i, 32, to.codes + 64 * i);
-    for (int i = 0; i < 256; i++) to.codes[i] |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) to.codes[32 * j + i] |= (b[16 + i] >> j & 1) << 4;
 }
 void Q6_K::split(const uint8_t* b, Split& to) {
     for (int i = 0; i < 2; i++) put_nibbles(b + 64 * i, 64, to.codes + 128 * i);
-    for (int i = 0; i < 256; i++) to.codes[i] |= (b[128 + i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32)) & 3) << 4;
+    for (int j = 0; j < 8; j++)
+        for (int i = 0; i < 32; i++) to.codes[32 * j + i] |= (b[128 + j / 4 * 32 + i] >> (2 * (j % 4)) & 3) << 4;
     memcpy(to.scales, b + 192, 16);
     to.d = u16_at(b + 208);
 }
@@ -170,13 +180,20 @@ INLINE vf from_half(const uint8_t* p) {
     return (vf)((vu)((vf)((h & 0x7fff) << 13) * 5.192296858534828e33f) | (h & 0x8000) << 16);  // 2^112
 #endif
 }
-INLINE vf from_power(const uint8_t* p) {  // half of 2^(e - 127)
-    const vu e = __builtin_convertvector((vc) * (const vc_any*)p, vu);
-    return (vf)(e > 1 ? (e - 1) << 23 : 0x00200000u << (e & 1));
-}
 template <bool Signed>
-INLINE vf from_bytes(vc b) {
-    return Signed ? __builtin_convertvector(__builtin_convertvector((vsc)b, vi), vf) : __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+INLINE vi widened(vc b) {
+#if defined(__AVX2__) && VL == 8  // written out: GCC 12 takes short vectors of bytes apart
+    const __m128i x = _mm_cvtsi64_si128((long long)b);
+    return (vi)(Signed ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+#elif defined(__AVX512F__) && VL == 16
+    return (vi)(Signed ? _mm512_cvtepi8_epi32((__m128i)b) : _mm512_cvtepu8_epi32((__m128i)b));
+#else
+    return Signed ? __builtin_convertvector((vsc)b, vi) : __builtin_convertvector(b, vi);
+#endif
+}
+INLINE vf from_power(const uint8_t* p) {  // half of 2^(e - 127)
+    const vu e = (vu)widened<false>(*(const vc_any*)p);
+    return (vf)(e > 1 ? (e - 1) << 23 : 0x00200000u << (e & 1));
 }
 
 // d and m of half a panel, then scale and low of a span; the same operations wherever they are needed.
@@ -195,13 +212,14 @@ INLINE vc span_byte(const uint8_t* at, int span, int h) {
 template <class F>
 INLINE vf span_scale(vf d, const uint8_t* at, int span, int h) {
     if (!F::sub) return d;
-    const vc b = span_byte<F>(at, span, h);
-    return d * from_bytes<F::sub == 2>(F::sub == 3 ? b & 15 : b);
+    const vi b = widened<F::sub == 2>(span_byte<F>(at, span, h));
+    return d * __builtin_convertvector(F::sub == 3 ? b & 15 : b, vf);
 }
 template <class F>
 INLINE vf span_low(vf m, const uint8_t* at, int span, int h) {
     if (F::low != MINUS) return m;
-    return -(m * from_bytes<false>(F::sub == 3 ? span_byte<F>(at, span, h) >> 4 : span_byte<F>(at + NR, span, h)));
+    const vi b = widened<false>(span_byte<F>(F::sub == 3 ? at : at + NR, span, h));
+    return -(m * __builtin_convertvector(F::sub == 3 ? b >> 4 : b, vf));
 }
 
 alignas(64) const int8_t TABLES[3][16] = {
@@ -315,7 +333,8 @@ void pack_blocks(const uint8_t* const* rows, i64 N, i64 K, uint8_t* out, i64* ba
                 for (int b = 0; b < L::blocks; b++) {
                     const uint8_t* codes = split.codes + b * PACK;
                     uint32_t words[L::words] = {};
-                    for (int k = 0; k < PACK; k++) {
+#pragma GCC unroll 32
+                    for (int k = 0; k < PACK; k++) {  // unrolled, places in words are constants
                         const int i = k / 2, half = k % 2 * 16;
                         const uint32_t q = codes[k];
                         if (F::base == 8) words[i / 2] |= q << (half + i % 2 * 8);
@@ -433,10 +452,9 @@ __attribute__((noinline)) void packed_few(const Inputs& x, i64 supers, const uin
     }
 }
 constexpr int FEW[2] = {4, 6};  // its M; other numbers of rows are filled up with rows of zeros, which cost less than more code
-// Up to how many rows such tiles alone make the product. With eight lanes they are quicker than tiles of unpacked codes (95
-// against 66 products a ns, measured on a Zen 3), unless scales of spans have to be made anew for each tile of many.
-template <class F>
-constexpr int few_rows() { return VL != 8 ? FEW[1] : F::sub ? 24 : MB; }
+// Up to how many rows such tiles alone make the product. With eight lanes they are quicker than tiles of unpacked codes: 62
+// against 50 products a ns, measured on a Zen 3, and 46 against 40 where each tile of sixteen weights has a scale.
+constexpr int FEW_ROWS = VL == 8 ? MB : FEW[1];
 
 constexpr int CHUNK = 256;  // weights along K that are unpacked at once, for all rows
 struct Unpacked {
@@ -520,7 +538,6 @@ struct Format {
     int span, super, offset;
     bool low;
     int bits, base, run;  // of the inputs; see Eight
-    int few_rows;         // see there
     size_t bytes;         // of a panel's super weights
     void (*row)(const Inputs&, i64 supers, const uint8_t* panel, float* c);
     void (*few[2])(const Inputs&, i64 supers, const uint8_t* panel, float* c, int ldc);
@@ -537,9 +554,9 @@ template <class F>
 Format format_of(bool eight) {
     if constexpr (Eight<F>::can)
         if (eight)
-            return {F::span, F::super, F::offset, F::low != NO_LOW, 8, F::base, Eight<F>::run, few_rows<F>(), Layout<F>::bytes, packed_row8<F>,
+            return {F::span, F::super, F::offset, F::low != NO_LOW, 8, F::base, Eight<F>::run, Layout<F>::bytes, packed_row8<F>,
                     {packed_few8<F, FEW[0]>, packed_few8<F, FEW[1]>}, unpack8<F>};
-    return {F::span, F::super, F::offset, F::low != NO_LOW, 16, F::base, 0, few_rows<F>(), Layout<F>::bytes, packed_row<F>,
+    return {F::span, F::super, F::offset, F::low != NO_LOW, 16, F::base, 0, Layout<F>::bytes, packed_row<F>,
             {packed_few<F, FEW[0]>, packed_few<F, FEW[1]>}, unpack<F>};
 }
 
@@ -605,7 +622,7 @@ void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uin
     for (i64 m0 = 0; m0 < M; m0 += MB) {
         const int rows = (int)std::min<i64>(MB, M - m0);
         // Few rows: tiles of FEW, sixes before fours, the last filled up. More: tiles of nearly equal height.
-        const bool few = rows > 1 && rows <= f.few_rows;
+        const bool few = rows > 1 && rows <= FEW_ROWS;
         const int all = !few ? rows : rows <= FEW[0] ? FEW[0] : (rows + 1) / 2 * 2, fours = few ? (FEW[1] - all % FEW[1]) % FEW[1] / 2 : 0;
         const int tiles = few ? (all + 2 * fours) / FEW[1] : (rows + MR - 1) / MR, low = all / tiles, extra = all % tiles;
         auto start = [&](int t) {

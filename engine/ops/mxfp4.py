@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import native
+from engine.ops.packed import PackedLinear, can_stay_packed
 
 BLOCK = 32
 # e2m1: sign, two bits of exponent, one of mantissa.
@@ -26,7 +26,10 @@ def dequantised(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Mxfp4Linear:
-    """y = x weight^T + bias. blocks uint8 [out, in / 32, 16], scales uint8 [out, in / 32], bias [out]."""
+    """y = x weight^T + bias, where there are no kernels for it: the weight becomes numbers each time.
+
+    blocks uint8 [out, in / 32, 16], scales uint8 [out, in / 32], bias [out].
+    """
 
     def __init__(self, blocks: Tensor, scales: Tensor, bias: Tensor) -> None:
         self.out_features, self.in_features = blocks.shape[0], blocks.shape[1] * BLOCK
@@ -35,25 +38,18 @@ class Mxfp4Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
-        library, code = native.library(), native.type_code(x.dtype)
-        if library is None or code is None or not x.is_cpu:
-            return F.linear(x, dequantised(self._blocks, self._scales, x.dtype), self._bias.to(x.dtype))
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        assert x.shape[1] == self.in_features
-        rows, out_features = x.shape[0], self.out_features
-        out = torch.empty((rows, out_features), dtype=x.dtype)
-        library.by_work(rows * out_features * self.in_features // 8).ol_mxfp4_linear(
-            code,
-            x.data_ptr(),
-            x.stride(0),
-            rows,
-            self.in_features,
-            self._blocks.data_ptr(),
-            self._scales.data_ptr(),
-            out_features,
-            self._wide_bias.data_ptr(),
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out
+        return F.linear(x, dequantised(self._blocks, self._scales, x.dtype), self._bias.to(x.dtype))
+
+
+def mxfp4_linear(blocks: Tensor, scales: Tensor, bias: Tensor, dtype: torch.dtype) -> PackedLinear | Mxfp4Linear:
+    """A layer of what Mxfp4Linear takes, with kernels where there are some. dtype: of inputs and outputs."""
+    if not can_stay_packed(dtype, blocks.device):
+        return Mxfp4Linear(blocks, scales, bias)
+    # GGUF's blocks of this type: the exponent, then codes of the first half in the low halves of bytes.
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    low, high = codes.chunk(2, -1)
+    rows = torch.cat((scales[..., None], low | high << 4), -1).flatten(1)
+    layer = PackedLinear("MXFP4", len(blocks), blocks.shape[1] * BLOCK, dtype, bias)
+    bad = layer.pack(0, rows.data_ptr() + torch.arange(len(rows)) * rows.stride(0))
+    assert bad is None, "checked where it was read"
+    return layer

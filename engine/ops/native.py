@@ -72,7 +72,6 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     ),
     "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),
-    "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
     "ol_lora": (None, [_I, _P, _I, _I, _P, _I, _P, _P, _I, _P, _P, _I, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_process": (None, [_P, _I, _P, _I, _P, _P, _P, _I]),

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from engine.config import StartupError
 from engine.models.parts import experts
 from engine.models.registry import read_spec
-from engine.ops.mxfp4 import Mxfp4Linear, dequantised
+from engine.ops.mxfp4 import dequantised
+from engine.ops.packed import PackedLinear
 from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of, relative_error
 
 SIZES: dict[str, Any] = {
@@ -50,9 +51,9 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 def test_matches_transformers(published: tuple[Any, Path]) -> None:
     reference, directory = published
-    compare(reference, directory)
+    compare(reference, directory, limit=1e-3)  # experts take inputs of 16 bits
     matrices = [each for layer in load(directory)._layers for each in layer.mlp._experts]  # type: ignore[attr-defined]
-    assert len(matrices) == 15 and all(isinstance(each._gate_up, Mxfp4Linear) for each in matrices)
+    assert len(matrices) == 15 and all(isinstance(each._gate_up, PackedLinear) for each in matrices)
 
 
 def test_as_a_gpu_computes_it(published: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from engine.models.spec import Clamp, Experts
 from engine.ops.activation import clamped_and_mul
 from engine.ops.device_coded import Codes, codes_of_mxfp4
 from engine.ops.linear import Linear
-from engine.ops.mxfp4 import BLOCK, Mxfp4Linear
+from engine.ops.mxfp4 import BLOCK, Mxfp4Linear, mxfp4_linear
 
 Matrix = Linear | Mxfp4Linear
 
@@ -34,11 +34,11 @@ def _floats(spec: Experts, source: Source, name: str, rows: int, columns: int) -
 
 
 def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int) -> list[Matrix]:
-    """The checkpoint has those of all experts in one tensor, of which each is a view."""
+    """The checkpoint has those of all experts in one tensor."""
     count, stem = len(spec.here), name.replace(".{}", "")
     blocks, scales = _stored(source, stem, count, rows, columns)
     biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in spec.here]
-    layers = (Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True))
+    layers = (mxfp4_linear(*each, source.dtype) for each in zip(blocks, scales, biases, strict=True))
     return [source.adapted(layer, name.format(each)) for each, layer in zip(spec.here, layers, strict=True)]
 
 
