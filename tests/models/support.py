@@ -221,7 +221,7 @@ def compare(
     limit: float = 1e-4,
     **options: Any,
 ) -> None:
-    """Logits to `limit` and greedy continuations token for token, against transformers in float32; where it is promised,
+    """Logits to `limit` and greedy continuations token for token, against transformers in float32; where promised,
     the same bits in any company and any chunks.
 
     generate: the first prompt's continuation comes from transformers' own loop (200 ms); else, and for the
