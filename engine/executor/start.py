@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,30 +104,35 @@ class Start:
 
 
 def show_progress() -> Callable[[int, int], None]:
-    """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
+    """A progress bar for weights, on stderr; where that is no terminal a line from time to time, as a log has them."""
+    if not sys.stderr.isatty():
+        return _ProgressLines().tell
     from tqdm import tqdm
-
-    delay = 0.0 if sys.stderr.isatty() else 2.0
 
     bar: tqdm | None = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(
-                total=total,
-                desc="Loading weights",
-                unit="B",
-                unit_scale=True,
-                file=sys.stderr,
-                mininterval=0.2,
-                delay=delay,
-            )
+            bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, file=sys.stderr, mininterval=0.2)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
 
     return progress
+
+
+class _ProgressLines:
+    EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._told_at = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        """Bytes."""
+        if done < total and time.monotonic() - self._told_at >= self.EVERY_S:
+            self._told_at = time.monotonic()
+            print(f"Loading weights: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:

@@ -51,7 +51,10 @@ def document(version: str, root_path: str = "") -> Json:
         "info": {
             "title": "oneloop",
             "version": version,
-            "description": f"No body may have the fields {', '.join(REFUSED_EVERYWHERE)}.",
+            "description": (
+                "Every route of this server, with the fields that it takes. One server does not prefill for another by "
+                f"{', '.join(REFUSED_EVERYWHERE)}: a body with one of these is refused."
+            ),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": root_path.rstrip("/") or "/"}],
