@@ -43,9 +43,15 @@ def fits(form: str, group: int) -> bool:
     return form in CODE_FORMS and group % (CODE_BLOCK // 2 if form in ("e2m1", "table") else CODE_BLOCK) == 0
 
 
+def most_scale(form: str) -> float:
+    """What scales are to be below: kernels hold 2^120 times those of floats of eight bits."""
+    return 128.0 if form == "e4m3" else torch.inf
+
+
 class CodedLinear(Linear):
     """form, group: see `fits`. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece but the
-    last ends at a multiple of `piece_rows`. table: 16 numbers, of the form that has its own."""
+    last ends at a multiple of `piece_rows`. table: 16 numbers, of the form that has its own. Scales are to be
+    below `most_scale`."""
 
     def __init__(
         self,

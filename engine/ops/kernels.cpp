@@ -444,6 +444,7 @@ struct Codes {
     static constexpr bool streams = false;
     static constexpr int Bits = Bits_, span = Span;
     static constexpr bool Low = Low_;
+    static constexpr Meaning what = What;
     static constexpr int per = 32 / Bits, words = span / per;
     static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
     const uint32_t* w;
@@ -468,9 +469,9 @@ struct Codes {
     template <int J>
     MEMBER vf number(vu word) const {
         if constexpr (What == PLACES) return looked_up<J>((const float*)w - 16, word);
-        if (What == FLOATS) {  // the bits of 2^-120 times the number
-            const vu top = word << (24 - 8 * (J & 3));
-            return (vf)((top & 0x80000000u) | ((top >> 4) & 0x07f00000u)) * 0x1p120f;
+        if (What == FLOATS) {  // the bits of 2^-120 times the number: the scale makes up for that
+            const vu top = J == 3 ? word : word << (24 - 8 * (J & 3));
+            return (vf)((vu)((vi)top >> 4) & 0x87f00000u);
         }
         if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
         vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
@@ -670,7 +671,8 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
             const i64 n = p * NR + j;
             for (i64 b = 0; b < blocks; b++) {
                 uint32_t* at = to + b * C::block + j;
-                memcpy(at, scale + n * blocks + b, 4);
+                const float own = scale[n * blocks + b] * (C::what == FLOATS ? 0x1p120f : 1.0f);
+                memcpy(at, &own, 4);
                 if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
                 const uint8_t* from = codes + n * K + b * C::span;
                 for (int r = 0; r < C::words; r++, from += C::per) {

@@ -196,8 +196,8 @@ def test_experts_in_four_bits(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "GptOss", **sizes)
     edit_json(tmp_path / "config.json", quantization_config=MXFP4)
     whole, parts, _ = both(tmp_path, 2, load_format="dummy")
-    assert relative_error(parts, whole) < 1e-5
+    assert relative_error(parts, whole) < 1e-4  # inputs of 16 bits
     whole, parts, _ = both(tmp_path, 4, load_format="dummy", expert_parallel=True)
-    assert relative_error(parts, whole) < 1e-5
+    assert relative_error(parts, whole) < 1e-4  # inputs of 16 bits
     why = refuse(read_spec(tmp_path), 8)
     assert why is not None and "blocks of 32 columns, and a rank would have 16" in why

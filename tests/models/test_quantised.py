@@ -295,6 +295,7 @@ DAMAGES: dict[str, tuple[str, Callable[[dict[str, Tensor]], None], dict[str, Any
         {},
         "a weight is no finite",
     ),
+    "fp8-large": ("fp8-row", replaced(".weight_scale", set_at(3, 200)), {}, f"tensor {MODULE}.weight: a scale is 200,"),
     "fp8-zero": ("fp8-row", replaced(".weight_scale", set_at(3, 0)), {}, "a scale is zero where its weights are not"),
     "global": (
         "nvfp4",
