@@ -9,8 +9,11 @@ the group ends, and with it the process.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -21,11 +24,15 @@ from engine.distributed import steps
 from engine.distributed.device_group import RankedGroup
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_adapters import PinnedWeights
 from engine.executor.cuda_buffers import CudaHandle
 from engine.executor.cuda_graph import GraphKey
+from engine.executor.cuda_group import Reading
 from engine.executor.cuda_pages import DevicePages
 from engine.forward import PARTS, ForwardInput, TokenMasks
 from engine.ops.ranks import RanksEndedError
+
+digest_of: Callable[[PinnedWeights], str] = operator.attrgetter("digest")
 
 
 class RankedExecutor(CUDAExecutor):
@@ -41,6 +48,17 @@ class RankedExecutor(CUDAExecutor):
         assert self._lost is not None
         return self._lost
 
+    def _part_of(self, path: Path) -> tuple[Reading, Callable[[], PinnedWeights]]:
+        """Of an adapter, this rank's, while all read theirs."""
+        reading = Reading(self._group, path.name.encode("unicode_escape").decode()[:100])
+
+        def read() -> PinnedWeights:
+            found = self._read_adapter(path, reading.add_up)
+            assert isinstance(found, PinnedWeights)
+            return found
+
+        return reading, read
+
 
 class LeadingExecutor(RankedExecutor):
     """Rank 0's: the one that the loop knows. on_close: ends the other ranks; may be called more than once."""
@@ -53,12 +71,19 @@ class LeadingExecutor(RankedExecutor):
         self._awaited: dict[int, TokenMasks] = {}
         # Held while something beside steps is told and done.
         self._telling = threading.Lock()
+        # Held while all read an adapter.
+        self._reading = threading.Lock()
+        self._numbers = itertools.count(1)
+        # What the others know adapters by, and those of what nobody has any more.
+        self._number_of: weakref.WeakKeyDictionary[PinnedWeights, int] = weakref.WeakKeyDictionary()
+        self._gone: deque[int] = deque()
         self.rank_pids: list[int] = []
 
     def submit(self, forward_input: ForwardInput) -> CudaHandle:
         """See Executor."""
         if self._lost is None:
-            message, awaits = steps.write_step(forward_input, self._in_flight)
+            loads = [(index, self._numbered(weights)) for index, weights in forward_input.adapter_loads]
+            message, awaits = steps.write_step(forward_input, self._in_flight, loads, self._take_gone())
             if awaits:
                 assert forward_input.masks is not None
                 self._awaited[forward_input.step] = forward_input.masks
@@ -79,6 +104,33 @@ class LeadingExecutor(RankedExecutor):
         except RanksEndedError:
             self._lose(RanksEndedError(self._group.why()))
 
+    def read_adapter(self, path: Path) -> PinnedWeights:
+        """See Executor."""
+        beside = self._group.ring.beside
+        assert beside is not None
+        with self._reading:
+            number = next(self._numbers)
+            # Where the group is over, what follows says so.
+            with contextlib.suppress(RanksEndedError):
+                beside.send(steps.write_words(steps.COMMAND, {"number": number, "path": str(path.absolute())}))
+            reading, read = self._part_of(path)
+            weights = reading.run(read, digest_of)
+        self._number_of[weights] = number
+        weakref.finalize(weights, self._gone.append, number).atexit = False
+        return weights
+
+    def _numbered(self, weights: PinnedWeights | None) -> int:
+        return 0 if weights is None else self._number_of[weights]
+
+    def _take_gone(self) -> list[int]:
+        return [self._gone.popleft() for _ in range(len(self._gone))]
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor."""
+        if self._lost is None:
+            super().drop_adapters(indices)
+            self._tell(steps.write_words(steps.DROP, {"indices": list(indices), "gone": self._take_gone()}))
+
     def _capture_when_idle(self) -> None:
         """See Captures."""
         if not self._telling.acquire(blocking=False):
@@ -96,7 +148,8 @@ class LeadingExecutor(RankedExecutor):
         """The body does the same here as the others do. Raises StartupError where it could not be done, in any."""
         if self._lost is not None:
             raise self._lost
-        with self._telling:
+        # Nobody reads weights meanwhile: the others would wait for that one here, and it for them there.
+        with self._reading, self._telling:
             self._tell(steps.write_words(steps.COMMAND, {"do": do, **given}))
             try:
                 with carried_out(self._group):
@@ -156,6 +209,9 @@ class FollowingExecutor(RankedExecutor):
         super().__init__(*given, **options)
         self._running: deque[tuple[CudaHandle, TokenMasks | None]] = deque()
         self._begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        # Adapters by the numbers that rank 0 has for them, which are told once all ranks have read them.
+        self._adapter_of: dict[int, PinnedWeights] = {}
+        self._has_read = threading.Condition()
         threading.Thread(target=self._watch_device, name="device", daemon=True).start()
 
     def _end(self, handle: CudaHandle) -> None:
@@ -176,6 +232,7 @@ class FollowingExecutor(RankedExecutor):
 
     def follow(self) -> None:
         """Until the group is over: raises RanksEndedError then, and whatever a step fails by."""
+        threading.Thread(target=self._read_adapters, name="adapters", daemon=True).start()
         while True:
             message = self._group.ring.receive()
             kind = steps.kind_of(message)
@@ -189,6 +246,9 @@ class FollowingExecutor(RankedExecutor):
                 words = steps.read_words(message)
                 if kind == steps.CAPTURE:
                     self._warm_up(GraphKey(*words), capture=True)
+                elif kind == steps.DROP:
+                    self._forget(words["gone"])
+                    self.drop_adapters(words["indices"])
                 else:
                     self._obey(**words)
 
@@ -196,10 +256,44 @@ class FollowingExecutor(RankedExecutor):
         # What follows from their ends comes before this one here, too: they take what is no number out of pages.
         while len(self._running) > steps.num_ahead(message):
             self._finish_oldest()
-        given = steps.read_step(message, self.staging[steps.step_number(message) & 1])
+        given, gone = steps.read_step(message, self.staging[steps.step_number(message) & 1])
+        given.adapter_loads = [(index, self._adapter(number)) for index, number in given.adapter_loads]
+        self._forget(gone)
         handle = self.submit(given)
         self._check(handle)
         self._running.append((handle, given.masks))
+
+    def _read_adapters(self) -> None:
+        """What rank 0 reads, at the same time."""
+        beside = self._group.ring.beside
+        assert beside is not None
+        try:
+            while True:
+                words = steps.read_words(beside.receive())
+                reading, read = self._part_of(Path(words["path"]))
+                if (weights := reading.follow(read, digest_of)) is not None:
+                    with self._has_read:
+                        self._adapter_of[words["number"]] = weights
+                        self._has_read.notify_all()
+                del reading, read, weights
+        except RanksEndedError:
+            pass
+        except BaseException as error:
+            self._group.fail(f"rank {self._group.rank} failed at an adapter: {type(error).__name__}: {error}")
+            raise
+
+    def _adapter(self, number: int) -> PinnedWeights | None:
+        if not number:
+            return None
+        with self._has_read:
+            # It has been read, if only just.
+            self._has_read.wait_for(lambda: number in self._adapter_of)
+            return self._adapter_of[number]
+
+    def _forget(self, gone: Sequence[int]) -> None:
+        with self._has_read:
+            for number in gone:
+                self._adapter_of.pop(number, None)
 
     def _take_masks(self, message: steps.Bytes) -> None:
         [(handle, masks)] = [each for each in self._running if each[1] is not None and not each[1].is_ready]

@@ -30,6 +30,14 @@ class RankedGroup(DeviceGroup):
         except RanksEndedError:
             raise StartupError(self.why()) from None
 
+    def beside(self, value: Any) -> list[Any]:
+        """See RankGroup."""
+        assert self.ring.beside is not None
+        try:
+            return self.ring.beside.exchange(value)
+        except RanksEndedError:
+            raise StartupError(self.why()) from None
+
     def least(self, value: int) -> int:
         """See RankGroup."""
         return int(min(self.exchange(value)))

@@ -15,6 +15,7 @@ from engine.config import (
     CudaOptions,
     EngineConfig,
     LogprobOptions,
+    LoraOptions,
     ModelOptions,
     SchedulerOptions,
     StartupError,
@@ -32,6 +33,7 @@ def config_of(job: dict[str, Any]) -> EngineConfig:
         scheduler=SchedulerOptions(**job["scheduler"]),
         logprobs=LogprobOptions(**job["logprobs"]),
         cuda=CudaOptions(**job["cuda"]),
+        lora=LoraOptions(**job["lora"]),
         device="cuda",
         tensor_parallel_size=job["layout"]["size"],
     )
@@ -41,7 +43,9 @@ def serve(job: dict[str, Any]) -> int:
     """Until the group ends; the process's exit status. What goes wrong is told to rank 0, which says it."""
     from engine.distributed.ring import Ring
 
-    ring = Ring(Ranks(job["file"], Layout(**job["layout"]), job["rank"]))
+    layout = Layout(**job["layout"])
+    file, beside = (Ranks(job[name], layout, job["rank"]) for name in ("file", "beside"))
+    ring = Ring(file, Ring(beside))
     try:
         _serve(job, ring)
     except RanksEndedError:

@@ -48,14 +48,16 @@ def start(given: Start, stand_in: str | None = None) -> LeadingExecutor:
         raise StartupError(why)
     config, size = given.config, given.config.tensor_parallel_size
     layout = layout_of(size)
-    file = Ranks.make_file(layout)
+    files = [Ranks.make_file(layout) for _ in range(2)]
     folder = Path(tempfile.mkdtemp(prefix="oneloop-ranks-"))
     try:
-        job = _job(config, given) | {"meeting": str(folder / "meeting"), "stand_in": stand_in, "file": file}
-        job["layout"] = dataclasses.asdict(layout)
-        return _Leader(given, Ring(Ranks(file, layout, 0)), job).start()
+        job = _job(config, given) | {"meeting": str(folder / "meeting"), "stand_in": stand_in}
+        job |= {"layout": dataclasses.asdict(layout), "file": files[0], "beside": files[1]}
+        ring, beside = (Ranks(file, layout, 0) for file in files)
+        return _Leader(given, Ring(ring, Ring(beside)), job).start()
     finally:
-        os.close(file)  # mapped by now, and inherited
+        for file in files:
+            os.close(file)  # mapped by now, and inherited
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -63,6 +65,8 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
     """What every rank is told, but for its number."""
     options: dict[str, Any] = {"model": config.model, "cache": config.cache, "scheduler": config.scheduler}
     options |= {"logprobs": config.logprobs, "cuda": config.cuda}
+    # Rank 0 names adapters, and says which are loaded.
+    options["lora"] = dataclasses.replace(config.lora, modules=())
     model = dataclasses.replace(config.model, seed=config.model.seed or 0)
     return {
         **{name: dataclasses.asdict(each) for name, each in options.items()},
@@ -91,8 +95,6 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         return (
             f"{FLAG} {size} needs the compiled kernels, for the ranks' shared memory, and here it is {native.status()}"
         )
-    if config.lora.enable:
-        return f"{FLAG} {size} does not go with --enable-lora so far"
     if config.speculation.method is not None:
         return f"{FLAG} {size} does not go with drafts ({config.speculation.method}) on GPUs so far"
     if given.spec.bidirectional:
@@ -112,7 +114,7 @@ class _Leader:
         self._done = threading.Event()
         self._closed = False
         jobs = [{**job, "rank": rank} for rank in range(1, ring.size)]
-        self._members = Members(jobs, (job["file"],), self._gone)
+        self._members = Members(jobs, (job["file"], job["beside"]), self._gone)
 
     def start(self) -> LeadingExecutor:
         try:

@@ -33,10 +33,13 @@ def layout_of(size: int) -> Layout:
 
 class Ring:
     """One process's end. Used by one thread at a time, in every rank for the same things in the same order; `end` by
-    any. All of it raises RanksEndedError once the group is over."""
+    any. All of it raises RanksEndedError once the group is over.
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    beside: another, for other threads, which is over when this one is.
+    """
+
+    def __init__(self, ranks: Ranks, beside: Ring | None = None) -> None:
+        self.ranks, self.beside = ranks, beside
         self.rank, self.size = ranks.rank, ranks.size
         # Messages for whose reading rank 0 has waited, or will wait next.
         self._settled = 0
@@ -108,6 +111,8 @@ class Ring:
             last[HEAD : HEAD + len(text)] = np.frombuffer(text, np.uint8)
             last[:HEAD].view(np.int64)[0] = len(text)
         self.ranks.end()
+        if self.beside is not None:
+            self.beside.end()
 
     def last_word(self) -> str | None:
         """Why some rank has ended it, where it said so."""

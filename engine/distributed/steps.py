@@ -6,6 +6,7 @@ Arrays as they lie in the Staging, then what few steps have as JSON. Imports no 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import orjson
 from engine.forward import ForwardInput, PooledRow, RowExtras, Staging, TokenMasks
 from engine.request import Pooling
 
-STEP, MASKS, CAPTURE, COMMAND = 1, 2, 3, 4
+STEP, MASKS, CAPTURE, COMMAND, DROP = 1, 2, 3, 4, 5
 WORDS = 13
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,6 +39,7 @@ def _lengths(given: ForwardInput) -> dict[str, int]:
         "table_index": given.num_table_diffs,
         "table_page": given.num_table_diffs,
         "sampling_slot": changed,
+        "adapter": changed,
         "save_slot": given.num_saves,
         "save_snapshot": given.num_saves,
         "load_snapshot": given.num_loads,
@@ -46,9 +48,13 @@ def _lengths(given: ForwardInput) -> dict[str, int]:
     }
 
 
-def write_step(given: ForwardInput, num_ahead: int) -> tuple[list[Bytes], bool]:
-    """The parts of a message; and whether its masks are still to come. num_ahead: steps that are in flight."""
-    assert not given.adapter_loads and not given.num_speculating_rows, "ranks on GPUs have neither adapters nor drafts"
+def write_step(
+    given: ForwardInput, num_ahead: int, adapters: Sequence[tuple[int, int]] = (), gone: Sequence[int] = ()
+) -> tuple[list[Bytes], bool]:
+    """The parts of a message; and whether its masks are still to come. num_ahead: steps that are in flight. adapters:
+    the indices that others take, by the numbers that all ranks know them by, 0 for none. gone: numbers of adapters that
+    nobody asks for again."""
+    assert not given.num_speculating_rows, "ranks on GPUs have no drafts"
     masks = given.masks
     ready = masks is not None and masks.is_ready
     mask_rows = -1 if masks is None else len(masks.rows)
@@ -59,6 +65,10 @@ def write_step(given: ForwardInput, num_ahead: int) -> tuple[list[Bytes], bool]:
         rare["extras"] = [_extras_words(each) for each in given.extras]
     if given.pooled:
         rare["pooled"] = given.pooled
+    if adapters:
+        rare["adapters"] = adapters
+    if gone:
+        rare["gone"] = gone
     text = orjson.dumps(rare, option=orjson.OPT_SERIALIZE_NUMPY) if rare else b""
     staging = given.staging
     parts = [np.array([*head, len(text)], np.int64).view(np.uint8)]
@@ -87,8 +97,10 @@ def num_ahead(message: Bytes) -> int:
     return int(message[16:24].view(np.int64)[0])
 
 
-def read_step(message: Bytes, staging: Staging) -> ForwardInput:
-    """The same step, in another staging set."""
+def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, list[int]]:
+    """The same step, in another staging set, and what is gone. adapter_loads: with the numbers of adapters in place of
+    their weights."""
+    gone: list[int] = []
     head = message[: 8 * WORDS].view(np.int64).tolist()
     _, step, _, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
     given = ForwardInput(step, staging, rows, decodes, tokens, diffs, changed, num_saves=saves, num_loads=loads)
@@ -101,8 +113,6 @@ def read_step(message: Bytes, staging: Staging) -> ForwardInput:
         end = at + length * array.dtype.itemsize
         array[:length].view(np.uint8)[:] = message[at:end]
         at = end
-    # No adapters: those of the slots that change are none.
-    staging.adapter[:changed] = 0
     if mask_rows >= 0:
         end = at + 4 * mask_rows
         found = np.frombuffer(message[at:end].tobytes(), np.int32).tolist()
@@ -114,7 +124,9 @@ def read_step(message: Bytes, staging: Staging) -> ForwardInput:
         rare = orjson.loads(message[at : at + text_length].tobytes())
         given.extras = [_extras_of(words) for words in rare.get("extras", ())]
         given.pooled = [_pooled_of(words) for words in rare.get("pooled", ())]
-    return given
+        given.adapter_loads = [(index, number) for index, number in rare.get("adapters", ())]
+        gone = rare.get("gone", [])
+    return given, gone
 
 
 def _fill(masks: TokenMasks, message: Bytes, at: int) -> int:

@@ -33,6 +33,7 @@ from engine.executor.cuda_pages import LAYOUT_VERSION, DevicePages, PageCopier
 from engine.executor.cuda_waiter import Waiter
 from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
 from engine.groups import name_of
+from engine.lora.reader import AddUp
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded, Weighed
 from engine.models.parts.decoder import CausalLM
@@ -233,13 +234,16 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor."""
+        return self._read_adapter(path)
+
+    def _read_adapter(self, path: Path, add_up: AddUp | None = None) -> AdapterWeights:
         with self._reading_weights():
             model: CausalLM | None = getattr(self, "model", None)
             if self._adapters is None or model is None or self._offloaded is not None:
                 raise AdapterError(
                     f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps"
                 )
-            return self._adapters.read(path, model.adapted)
+            return self._adapters.read(path, model.adapted, add_up)
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle
 from engine.executor.cuda_device import DeviceLayer
 from engine.forward import ForwardInput, Int32Array
-from engine.lora.base import own_rows
-from engine.lora.reader import read_adapter
+from engine.lora.base import is_here, own_rows
+from engine.lora.reader import AddUp, read_adapter
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, ExpertMatrix, Heads, Place
 from engine.models.parts.decoder import CausalLM
@@ -29,7 +29,7 @@ from engine.models.parts.source import PREFIX
 from engine.ops.lora_device import FIELDS, ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks, room_of
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PinnedWeights:
     """See words.AdapterWeights. data: a row of Shelf.memory; table int32: its row of Shelf.table; both page-locked."""
 
@@ -107,6 +107,9 @@ class DeviceAdapters:
         assert isinstance(layers, AdaptedLayers)
         replaced = (name for name, number in self._numbers.items() if _may_replace(self.shelf.shapes[number]))
         layers.on_device, layers.whole_on_device = frozenset(self._names), frozenset(replaced)
+        if (whole := layers.whole) is not None:
+            elsewhere = {place.site for place in whole.places.values() if not is_here(place)}
+            whole.on_device, whole.whole_on_device = layers.on_device | elsewhere, layers.whole_on_device
         for stack in layers.stacks:
             first = self._numbers[stack.names[0]]
             assert self._numbers[stack.names[-1]] == first + len(stack.names) - 1
@@ -120,15 +123,16 @@ class DeviceAdapters:
 
     # ---- adapters
 
-    def read(self, path: Path, layers: Any) -> PinnedWeights:
-        """An adapter's directory. On any thread. Raises AdapterError."""
+    def read(self, path: Path, layers: Any, add_up: AddUp | None = None) -> PinnedWeights:
+        """An adapter's directory. add_up: see read_adapter. On any thread. Raises AdapterError."""
         with self.layer.aside():
-            found = read_adapter(path, layers, self.max_rank)
+            found = read_adapter(path, layers.whole or layers, self.max_rank, add_up)
         name = path.name.encode("unicode_escape").decode()[:100]
         branches = {self._numbers[site]: branch for site, branch in found.branches.items()}
         try:
             data, table = self.shelf.pack(branches)
-            pinned = self.layer.pinned(data.nbytes).view(data.dtype), self.layer.pinned(table.nbytes).view(table.dtype)
+            with self.layer.aside():
+                pinned = tuple(self.layer.pinned(each.nbytes).view(each.dtype) for each in (data, table))
         except ValueError as error:
             raise AdapterError(f"adapter {name}: {error}") from None
         except RuntimeError as error:

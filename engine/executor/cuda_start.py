@@ -469,9 +469,9 @@ def build_cuda_executor(
             attention = attention_of(num_pages)
             limits = limits_of(num_pages)
             options: dict[str, Any] = {"cuda_graph": cuda_graph, "load": load, "proposer": proposer_of(speculation)}
+            options |= {"drafts": drafts_of(limits), "adapters": adapters}
             if ranked is None:
-                drafts = drafts_of(limits)
-                executor = CUDAExecutor(model, limits, layer, attention, drafts=drafts, adapters=adapters, **options)
+                executor = CUDAExecutor(model, limits, layer, attention, **options)
             else:
                 executor = ranked.make(model, limits, layer, attention, group=ranked.group, **options)
         except torch.OutOfMemoryError as error:

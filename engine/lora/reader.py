@@ -10,14 +10,24 @@ import contextlib
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.lora.base import base_bias, base_rows, own_rows
+from engine.lora.base import (
+    base_bias,
+    base_of,
+    base_rows,
+    factors_here,
+    is_here,
+    outputs_here,
+    own_rows,
+    tokens_here,
+    vector_here,
+)
 from engine.lora.config import NAME as CONFIG
 from engine.lora.config import AdapterConfig, read_config
 from engine.lora.files import PICKLED, SAFETENSORS, Tensors
@@ -64,8 +74,13 @@ class _Parts:
     magnitude: bool = False
 
 
-def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> LoadedWeights:
-    """The adapter of a directory for this model. max_rank: of any of its modules. Raises AdapterError."""
+# Of one of several ranks: vectors of all ranks, added up.
+AddUp = Callable[[Tensor], Tensor]
+
+
+def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int, add_up: AddUp | None = None) -> LoadedWeights:
+    """The adapter of a directory for this model. max_rank: of any of its modules. add_up: where layers are those of a
+    rank, of which the result is its part; all ranks read at once. Raises AdapterError."""
     name = directory.name if len(directory.name) <= MAX_NAME else directory.name[: MAX_NAME - 3] + "..."
     name = name.encode("unicode_escape").decode()
     if not directory.is_dir():
@@ -73,7 +88,7 @@ def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> Loade
     before = _state(directory)
     config = read_config(directory, name)
     digest = _digest(directory)
-    weights = _Reader(config, Tensors(directory, name), layers, max_rank, digest).read()
+    weights = _Reader(config, Tensors(directory, name), layers, max_rank, digest, add_up).read()
     if _state(directory) != before:
         raise AdapterError(f"adapter {name}: its files were changed while they were read; load it again")
     return weights
@@ -105,10 +120,16 @@ def _state(directory: Path) -> list[tuple[int, int, int] | None]:
 
 class _Reader:
     def __init__(
-        self, config: AdapterConfig, tensors: Tensors, layers: AdaptedLayers, max_rank: int, digest: str
+        self,
+        config: AdapterConfig,
+        tensors: Tensors,
+        layers: AdaptedLayers,
+        max_rank: int,
+        digest: str,
+        add_up: AddUp | None,
     ) -> None:
         self._config, self._tensors, self._layers, self._max_rank = config, tensors, layers, max_rank
-        self._digest = digest
+        self._digest, self._add_up = digest, add_up
         self._resolver = Resolver(layers)
         self._sites: dict[str, _Parts] = {}
         self._branches: dict[str, Branch] = {}
@@ -131,9 +152,10 @@ class _Reader:
         self._told_of_output = {kind for path in modules if path in OUTPUTS for kind in modules[path]}
         for path, kinds in modules.items():
             self._module(path, kinds)
-        branches = {site: self._branch(parts) for site, parts in self._sites.items()} | self._branches
-        if not branches:
+        if not self._sites and not self._branches:
             raise AdapterError(f"adapter {self._config.adapter}: changes nothing")
+        here = {site: parts for site, parts in self._sites.items() if is_here(parts.place)}
+        branches = {site: self._branch(parts) for site, parts in here.items()} | self._branches
         size = sum(branch.num_bytes for branch in branches.values())
         base = self._config.base_model_name
         return LoadedWeights(self._rank, size, base, branches, self._from_base, self._digest)
@@ -235,7 +257,7 @@ class _Reader:
             up = up * factor[:, None]
             added = None if added is None else added * factor
             self._add(place, "gain", factor - 1)
-            bias = base_bias(place)
+            bias = base_bias(place) if is_here(place) else None
             if bias is not None:
                 self._add(place, "offset", (1 - factor) * bias)
             self._from_base = True
@@ -247,19 +269,30 @@ class _Reader:
 
     def _norms(self, name: str, place: Place, down: Tensor, up: Tensor) -> Tensor:
         """float32 [count]: of the rows of W + B A. up: scaled."""
+        # Of those that another rank has: anything.
+        norms = torch.ones(place.count)
+        if not is_here(place):
+            return norms
         ours, theirs = own_rows(place)
-        norms = torch.empty(place.count)
+        columns = None if place.part is None else place.part.columns
+        if columns is not None:
+            down = down[:, slice(*columns)]
         for at in range(0, len(ours), CHUNK):
-            rows = base_rows(place.linear, ours[at : at + CHUNK])
+            rows = base_rows(base_of(place), ours[at : at + CHUNK])
             if rows is None:
                 raise self._tensors.fail(name, "DoRA needs the base's weights, and this layer's cannot be read back")
             norms[theirs[at : at + CHUNK]] = (rows + up[theirs[at : at + CHUNK]] @ down).norm(dim=1)
-        return norms
+        if columns is None:
+            return norms
+        assert self._add_up is not None
+        return self._add_up(norms.square()).sqrt()
 
     def _bias(self, place: Place, name: str) -> None:
         """One that replaces the base's."""
         bias = self._vector(name, place.count)
-        before = base_bias(place)
+        before = base_bias(place) if is_here(place) else torch.zeros(place.count)
+        if place.part is not None and place.part.bias is not None:
+            before = place.part.bias.cpu()
         if before is None:
             raise self._tensors.fail(name, "the base has no bias there; is the adapter of another base?")
         self._from_base = True
@@ -282,9 +315,12 @@ class _Reader:
         self._replace_outputs(place, ids, rows)
 
     def _replace_outputs(self, place: Place, ids: tuple[int, ...], rows: Tensor) -> None:
+        own, rows = outputs_here(place, torch.tensor(ids), rows)
+        if not len(own):
+            return
         linear = Linear(rows.contiguous())
         linear.prepare(deterministic=True)
-        self._parts(place).replaced.append(Replaced(torch.tensor(ids), linear))
+        self._parts(place).replaced.append(Replaced(own, linear))
 
     # ---- embeddings
 
@@ -302,9 +338,7 @@ class _Reader:
         if "weight" in kinds:
             parts.table_rows = self._matrix(kinds["weight"], (count, width))
             if tied is not None and self._config.ensure_tying and "weight" not in self._told_of_output:
-                linear = Linear(parts.table_rows.clone())
-                linear.prepare(deterministic=True)
-                self._parts(tied).replaced.append(Replaced(torch.arange(count), linear))
+                self._replace_outputs(tied, tuple(range(count)), parts.table_rows.clone())
         if "looked-up down" in kinds:
             down = self._matrix(kinds["looked-up down"], (None, count))
             up = self._matrix(kinds["looked-up up"], (width, len(down)))
@@ -440,7 +474,7 @@ class _Reader:
         return self._tensors.get(name)
 
     def _vector(self, name: str, count: int) -> Tensor:
-        values = self._tensors.get(name).squeeze()
+        values = torch.atleast_1d(self._tensors.get(name).squeeze())
         if values.shape != (count,):
             raise self._tensors.fail(
                 name, f"has shape {list(self._tensors.shape(name))}, and the base has room for [{count}]"
@@ -448,17 +482,18 @@ class _Reader:
         return values
 
     def _branch(self, parts: _Parts) -> Branch:
-        place = parts.place
-        width = place.linear.in_features if place.is_table else place.linear.out_features
+        place, part = parts.place, parts.place.part
+        linear, order = (place.linear, place.order) if part is None else (base_of(place), part.order)
+        table, table_rows = tokens_here(place, parts.table, parts.table_rows)
         return Branch(
-            place.linear.in_features,
-            width,
-            parts.factors,
-            gain=parts.gain,
-            offset=parts.offset,
-            order=place.order,
+            linear.in_features,
+            linear.in_features if place.is_table else linear.out_features,
+            factors_here(place, parts.factors),
+            gain=vector_here(place, parts.gain),
+            offset=vector_here(place, parts.offset) if part is None or part.is_first else None,
+            order=order,
             replaced=parts.replaced,
             looked_up=place.is_table,
-            table=parts.table,
-            table_rows=parts.table_rows,
+            table=table,
+            table_rows=table_rows,
         )

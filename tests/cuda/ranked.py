@@ -182,10 +182,12 @@ class Machine:
         self.meeting = Meeting(size)
         bind_operations()
         layout = layout_of(size)
-        file = Ranks.make_file(layout)
-        with mock.patch.object(native, "_disabled", 0):  # the ring is no part of the device
-            self.ranks = [Ranks(file, layout, rank) for rank in range(size)]
-        os.close(file)
+        files = [Ranks.make_file(layout) for _ in range(2)]
+        with mock.patch.object(native, "_disabled", 0):  # the rings are no part of the device
+            made = [[Ranks(file, layout, rank) for file in files] for rank in range(size)]
+        self.rings = [Ring(ranks, Ring(beside)) for ranks, beside in made]
+        for file in files:
+            os.close(file)
         self.devices: list[WorkingDevice] = [None] * size  # type: ignore[list-item]
         self.collectives: list[FakeCollectives] = [None] * size  # type: ignore[list-item]
         self.executors: list[Any] = [None] * size
@@ -209,7 +211,7 @@ class Machine:
             device.memory = self.memories[rank]
         self.devices[rank] = device
         self.collectives[rank] = FakeCollectives(self.meeting, rank, device)
-        group = RankedGroup(Ring(self.ranks[rank]), self.collectives[rank])
+        group = RankedGroup(self.rings[rank], self.collectives[rank])
 
         def load(directory: Path | None) -> CausalLM:
             return read_together(functools.partial(self.load, group), directory, group)
@@ -239,14 +241,14 @@ class Machine:
             pass
         except BaseException as error:
             self.errors.append(error)
-            self.ranks[rank].end()
+            self.rings[rank].end()
         finally:
             # As the parent of a rank that ends does with its own collectives.
             self.meeting.abort()
 
     def stop(self) -> None:
         """End it, as the members' end does."""
-        self.ranks[0].end()
+        self.rings[0].end()
         self.meeting.abort()
         for thread in self.threads:
             thread.join(PATIENCE_S)

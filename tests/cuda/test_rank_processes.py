@@ -34,6 +34,7 @@ from engine.ops import native
 from engine.report import StartupReport
 from engine.request import FinishReason, Request, SamplingParams
 from tests.cuda.support import expected_tokens, requests_of, serve, tiny_directory, tiny_model
+from tests.cuda.test_adapters import adapters_of, merged
 from tests.distributed.test_processes import wait_until_gone
 
 STAND_IN = "tests.cuda.rank_process:stand_in"
@@ -62,13 +63,19 @@ def started(given: Start) -> Iterator[LeadingExecutor]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-async def test_the_tokens_of_one_process(size: int) -> None:
-    given = given_of(size)
-    requests = requests_of(3)
+async def test_the_tokens_of_one_process(size: int, tmp_path: Path) -> None:
+    """Of two also with adapters."""
+    given = given_of(size, lora=LoraOptions(enable=size == 2, max_loras=2, max_lora_rank=8))
+    requests, models = requests_of(3), [tiny_model()] * 8
     with started(given) as executor:
         pids = executor.rank_pids
         assert len(pids) == size - 1
-        assert await serve(executor, requests) == [expected_tokens(tiny_model(), request) for request in requests]
+        if size == 2:
+            adapters = [None, *adapters_of("llama", executor, tmp_path)]
+            requests = [dataclasses.replace(each, adapter=adapters[n % 4]) for n, each in enumerate(requests)]
+            models = [merged("llama", number) for number in range(4)] * 2
+        expected = [expected_tokens(model, request) for model, request in zip(models, requests, strict=True)]
+        assert await serve(executor, requests) == expected
     wait_until_gone(pids)
     rows = dict(given.report.rows)
     assert all("KV cache" in rows[f"rank {rank}"] for rank in range(1, size))
@@ -114,7 +121,6 @@ def test_what_the_ranks_cannot_read_is_one_line_of_the_start(tmp_path: Path) -> 
     [
         ({"size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
         ({"size": 65}, "--tensor-parallel-size 65 is more than 64"),
-        ({"lora": LoraOptions(enable=True)}, "--tensor-parallel-size 2 does not go with --enable-lora so far"),
         (
             {"speculation": SpeculationOptions("ngram")},
             "--tensor-parallel-size 2 does not go with drafts .ngram. on GPUs",

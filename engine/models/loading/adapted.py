@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.models.loading.weights import OUTPUT
+from engine.models.loading.weights import OUTPUT, PIECE
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import Source
 from engine.models.spec import ModelSpec
@@ -54,18 +54,45 @@ class ExpertMatrix:
     out_features: int
 
 
+Layer = Linear | Mxfp4Linear | Heads | ExpertMatrix
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What one of several ranks has of a place's layer. linear, order: its own, as in Place; None where it has nothing.
+    rows int64 [outputs]: which outputs of the whole layer its own are, as the checkpoint orders them, ascending; None
+    for all. columns: the inputs that it reads, [first, end), where products are added up over the ranks; None for all.
+    tokens: of an embedding, those it has the rows of. bias: float32, what is added to the sum of all. is_first: what
+    is added once in all is this rank's to add."""
+
+    linear: Layer | None
+    order: Tensor | None = None
+    rows: Tensor | None = None
+    columns: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+    bias: Tensor | None = None
+    is_first: bool = True
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """A module of the checkpoint in our layers: outputs [first, first + count) of `linear`, as the checkpoint orders
     them. site: by name, where its branches go. order: of all outputs, as Source.linear has it. is_table: an embedding.
+    part: where this is one of several ranks, what it has; `linear` then has a shape and no numbers.
     """
 
     site: str
-    linear: Linear | Mxfp4Linear | Heads | ExpertMatrix
+    linear: Layer
     first: int
     count: int
     order: Tensor | None = None
     is_table: bool = False
+    part: Part | None = None
+
+
+def site_of(name: str) -> str:
+    """The module that the site of a layer is called by; a rank may have pieces of it (slices.py)."""
+    return name.partition(PIECE)[0]
 
 
 class AdaptedLayers:
@@ -85,6 +112,8 @@ class AdaptedLayers:
         self.on_device: frozenset[str] | None = None
         # And of them those that may have whole matrices of an adapter.
         self.whole_on_device: frozenset[str] = frozenset()
+        # Where this is one of several ranks: all places of the checkpoint, each with this rank's part (divided.py).
+        self.whole: AdaptedLayers | None = None
         self._held: dict[int, Mapping[str, Branch]] = {}
 
     def site(self, name: str) -> Site:
@@ -147,9 +176,9 @@ class AdaptedSource:
         layers, each = self.layers, len(names) // count
         matrix = ExpertMatrix(columns, each * rows)
         for place, name in enumerate(names):
-            site, nth = names[place // each * each], place % each
+            site, nth = site_of(names[place // each * each]), place % each
             layers.places[name] = Place(site, matrix, nth * rows, rows, order)
-        stack = StackedSites(layers.rows, names[::each])
+        stack = StackedSites(layers.rows, [site_of(name) for name in names[::each]])
         for name in stack.names:
             layers.site(name)
         layers.stacks.append(stack)
@@ -169,9 +198,10 @@ class AdaptedSource:
         return self._table(base, site, embedding_name(self.layers.spec).removesuffix(".weight"))
 
     def _adapted(self, base: Linear, names: Sequence[str], rows: Sequence[int], order: Tensor | None) -> Linear:
-        site, first = self.layers.site(names[0]), 0
+        name_of_site = site_of(names[0])
+        site, first = self.layers.site(name_of_site), 0
         for name, count in zip(names, rows, strict=True):
-            self.layers.places[name] = Place(names[0], base, first, count, order)
+            self.layers.places[name] = Place(name_of_site, base, first, count, order)
             first += count
         return AdaptedLinear(base, site)
 

@@ -15,6 +15,7 @@ from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.loading.adapted import AdaptedLayers, AdaptedSource
 from engine.models.loading.checkpoint import StoredTensor
+from engine.models.loading.divided import divide
 from engine.models.loading.finding import find_model_tensors, settle_output
 from engine.models.loading.packed import PackedWeights
 from engine.models.loading.slices import Group, SlicedWeights, plan_of
@@ -118,7 +119,8 @@ def _load(
             logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         spec = settle_output(spec, stored, directory, dtype)
     recorder = ShapeRecorder(dtype)
-    make_decoder(spec, recorder, context)
+    whole = AdaptedLayers(spec, max_adapters) if max_adapters and group is not None else None
+    make_decoder(spec, recorder if whole is None else AdaptedSource(recorder, whole), context)
     weights: Weights
     if load_format == "dummy":
         weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
@@ -129,9 +131,15 @@ def _load(
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         if group is not None:
-            assert not max_adapters
             plan = plan_of(spec, group.rank, group.size, expert_parallel=group.expert_parallel)
-            return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
+            if whole is None:
+                return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
+            layers = AdaptedLayers(plan.spec, max_adapters)
+            sliced = SlicedWeights(weights, plan, group, recorder.shapes, AdaptedSource(weights, layers))
+            model = make_decoder(plan.spec, sliced, context)
+            divide(whole, layers, plan, sliced.biases, is_first=group.rank == 0)
+            model.adapted = layers
+            return model
         if not max_adapters:
             return make_decoder(spec, weights, context)
         layers = AdaptedLayers(spec, max_adapters)

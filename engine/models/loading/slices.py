@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.config import StartupError
+from engine.models.loading.adapted import AdaptedSource
 from engine.models.loading.cuts import Cut, cut_out
-from engine.models.loading.weights import OUTPUT, CheckpointWeights, DummyWeights, Weights
+from engine.models.loading.weights import OUTPUT, PIECE, CheckpointWeights, DummyWeights, Weights
 from engine.models.mixers import (
     GatedDelta,
     GroupedQueryAttention,
@@ -366,16 +367,29 @@ def _scaled(part: tuple[int, int], width: int, offset: int = 0) -> tuple[int, in
 
 
 class SlicedWeights:
-    """A Source of a rank's parts; `inner` knows the whole tensors. To be made once of a source."""
+    """A Source of a rank's parts; `inner` knows the whole tensors. To be made once of a source.
 
-    def __init__(self, inner: Weights, plan: Plan, group: Group, shapes: dict[str, tuple[int, ...]]) -> None:
+    layers: where adapters are served, `inner` with places for them around its layers.
+    """
+
+    def __init__(
+        self,
+        inner: Weights,
+        plan: Plan,
+        group: Group,
+        shapes: dict[str, tuple[int, ...]],
+        layers: AdaptedSource | None = None,
+    ) -> None:
         self._inner = inner
+        self._layers: Weights | AdaptedSource = inner if layers is None else layers
+        # What is added to sums, by the names of modules.
+        self.biases: dict[str, Tensor] = {}
         self._plan = plan
         self._group = group
         self._shapes = shapes
         self.dtype, self.device = inner.dtype, inner.device
         self.deterministic, self.linears, self.mixtures = inner.deterministic, inner.linears, inner.mixtures
-        self.adapters = inner.adapters
+        self.adapters = self._layers.adapters
         # Where one module becomes several: their names and rows.
         self._pieces: dict[str, list[tuple[str, int]]] = {}
         self._cut_all(embedding_name(plan.spec))
@@ -386,7 +400,7 @@ class SlicedWeights:
             several = len(parts) > 1
             self._pieces[module] = []
             for number, part in enumerate(parts):
-                name = f"{module}#{number}" if several else module
+                name = f"{module}{PIECE}{number}" if several else module
                 for kind in (".weight", ".bias"):
                     self._cut(name + kind, module + kind, *part, done=number + 1 == len(parts))
                 self._pieces[module].append((name, part[1] - part[0]))
@@ -484,43 +498,49 @@ class SlicedWeights:
             _, _, summed = by_columns
             # Once in all: by who adds up, or else by the first rank.
             own = bias and not summed and self._group.rank == 0
-            linear = self._inner.linear(names, rows, columns, bias=own, dtype=dtype)
+            linear = self._layers.linear(names, rows, columns, bias=own, dtype=dtype)
             if not summed:
                 return linear
             vector = self._inner.tensor(f"{names[0]}.bias", (rows[0],), torch.float32) if bias else None
+            if vector is not None:
+                self.biases[names[0]] = vector
             return self._group.summed(linear, vector)
         pieces = [
             piece for name, count in zip(names, rows, strict=True) for piece in self._pieces.get(name, [(name, count)])
         ]
         names, counts = [name for name, _ in pieces], [count for _, count in pieces]
         assert sum(counts) == sum(rows), (names, counts, rows)
-        return self._inner.linear(names, counts, columns, bias=bias, order=order, activation=activation, dtype=dtype)
+        return self._layers.linear(names, counts, columns, bias=bias, order=order, activation=activation, dtype=dtype)
 
     def adapted(self, layer: Linear, name: str) -> Linear:
-        """See Source: ranks have no adapters."""
-        return layer
+        """See Source."""
+        return self._layers.adapted(layer, name)
 
     def adapted_experts(
         self, names: Sequence[str], count: int, rows: int, columns: int, order: Tensor | None
     ) -> StackedSites | None:
-        """See Source: ranks have no adapters."""
-        return None
-
-    def adapted_heads(self, name: str, to_latent: HeadLinear, to_value: HeadLinear) -> tuple[HeadLinear, HeadLinear]:
         """See Source."""
-        return to_latent, to_value
+        pieces = [piece for name in names for piece in self._pieces.get(name, [(name, rows)])]
+        [own] = {count for _, count in pieces}
+        return self._layers.adapted_experts([name for name, _ in pieces], count, own, columns, order)
+
+    def adapted_heads(
+        self, name: str, to_latent: HeadLinear, to_value: HeadLinear
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+        """See Source."""
+        return self._layers.adapted_heads(name, to_latent, to_value)
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
         """See Source."""
         if name != embedding_name(self._plan.spec):
-            return self._inner.embedding(name, count, width)
+            return self._layers.embedding(name, count, width)
         first, last = self._plan.vocabulary
-        return self._group.embedding(self._inner.embedding(name, last - first, width), first, count)
+        return self._group.embedding(self._layers.embedding(name, last - first, width), first, count)
 
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """See Source."""
         first, last = self._plan.vocabulary
-        own = self._inner.output_layer(last - first, hidden, tied=tied, bias=bias)
+        own = self._layers.output_layer(last - first, hidden, tied=tied, bias=bias)
         return self._group.output_layer(own, first, vocab)
 
     def summed(self, part: Callable[..., Tensor]) -> Callable[..., Tensor]:

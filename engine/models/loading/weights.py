@@ -36,6 +36,8 @@ from engine.ops.lora import Rows, StackedSites
 
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
+# Behind a module's name and before the number of one of its pieces, of which a rank has several.
+PIECE = "#"
 # An exponent of 8 bits that is no number, by OCP's specification of MXFP4.
 NO_EXPONENT = 255
 
