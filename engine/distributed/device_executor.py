@@ -19,18 +19,22 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.config import StartupError
 from engine.distributed import steps
 from engine.distributed.device_group import RankedGroup
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import PinnedWeights
-from engine.executor.cuda_buffers import CudaHandle
+from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
 from engine.executor.cuda_group import Reading
 from engine.executor.cuda_pages import DevicePages
+from engine.executor.speculator import Positions
 from engine.forward import PARTS, ForwardInput, TokenMasks
 from engine.ops.ranks import RanksEndedError
+from engine.speculation.base import Proposer
 
 digest_of: Callable[[PinnedWeights], str] = operator.attrgetter("digest")
 
@@ -79,16 +83,22 @@ class LeadingExecutor(RankedExecutor):
         self._gone: deque[int] = deque()
         self.rank_pids: list[int] = []
 
-    def submit(self, forward_input: ForwardInput) -> CudaHandle:
-        """See Executor."""
-        if self._lost is None:
-            loads = [(index, self._numbered(weights)) for index, weights in forward_input.adapter_loads]
-            message, awaits = steps.write_step(forward_input, self._in_flight, loads, self._take_gone())
-            if awaits:
-                assert forward_input.masks is not None
-                self._awaited[forward_input.step] = forward_input.masks
-            self._tell(message)
-        return super().submit(forward_input)
+    def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
+        """See CUDAExecutor. The others are told of it as it runs, drafts and all, when it does here."""
+        loads = [(index, self._numbered(weights)) for index, weights in forward_input.adapter_loads]
+        told = steps.Told(side.number, self._in_flight - 1, loads, self._take_gone())
+        masks = forward_input.masks
+        if masks is not None and handle.positions is not None:
+            told.sampled = handle.positions.rows.tolist()
+        message, awaits = steps.write_step(forward_input, told)
+        if awaits:
+            assert masks is not None
+            self._awaited[forward_input.step] = masks
+        self._tell(message)
+        if self._lost is not None:
+            handle.error = self._lost
+            return
+        super()._launch(forward_input, side, handle)
 
     def provide_masks(self, handle: StepHandle) -> None:
         """See Executor."""
@@ -256,10 +266,17 @@ class FollowingExecutor(RankedExecutor):
         # What follows from their ends comes before this one here, too: they take what is no number out of pages.
         while len(self._running) > steps.num_ahead(message):
             self._finish_oldest()
-        given, gone = steps.read_step(message, self.staging[steps.step_number(message) & 1])
-        given.adapter_loads = [(index, self._adapter(number)) for index, number in given.adapter_loads]
-        self._forget(gone)
-        handle = self.submit(given)
+        side = self._sides[steps.side_of(message)]
+        given, told = steps.read_step(message, side.staging)
+        given.adapter_loads = [(index, self._adapter(number)) for index, number in told.adapters]
+        self._forget(told.gone)
+        handle = CudaHandle(given.step, given.num_rows, side, error=self._lost)
+        if told.sampled is not None:
+            rows = np.array(told.sampled, np.int64)
+            handle.positions = Positions(rows, rows)
+        self._in_flight += 1
+        self.num_steps += 1
+        self._start(given, handle)
         self._check(handle)
         self._running.append((handle, given.masks))
 
@@ -317,6 +334,9 @@ class FollowingExecutor(RankedExecutor):
 
     def _capture_later(self, seconds: float) -> None:
         """Rank 0 says when."""
+
+    def _draft_by(self, proposer: Proposer | None) -> None:
+        """Rank 0 does, and brings what it proposes in its steps."""
 
     def _obey(self, do: str, **given: Any) -> None:
         """What rank 0 does as well, and with the same end in all."""

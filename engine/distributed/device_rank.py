@@ -18,6 +18,7 @@ from engine.config import (
     LoraOptions,
     ModelOptions,
     SchedulerOptions,
+    SpeculationOptions,
     StartupError,
 )
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
@@ -34,6 +35,7 @@ def config_of(job: dict[str, Any]) -> EngineConfig:
         logprobs=LogprobOptions(**job["logprobs"]),
         cuda=CudaOptions(**job["cuda"]),
         lora=LoraOptions(**job["lora"]),
+        speculation=SpeculationOptions(**job["speculation"]),
         device="cuda",
         tensor_parallel_size=job["layout"]["size"],
     )

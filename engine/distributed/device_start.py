@@ -31,6 +31,7 @@ from engine.executor.start import Start
 from engine.models.loading.slices import FLAG, refuse
 from engine.ops import native
 from engine.ops.ranks import Ranks
+from engine.speculation.registry import PROPOSERS
 
 logger = logging.getLogger("oneloop.ranks")
 
@@ -65,7 +66,8 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
     """What every rank is told, but for its number."""
     options: dict[str, Any] = {"model": config.model, "cache": config.cache, "scheduler": config.scheduler}
     options |= {"logprobs": config.logprobs, "cuda": config.cuda}
-    # Rank 0 names adapters, and says which are loaded.
+    # Rank 0 names adapters, and says which are loaded; it drafts, and the others know how many rows that makes.
+    options["speculation"] = config.speculation
     options["lora"] = dataclasses.replace(config.lora, modules=())
     model = dataclasses.replace(config.model, seed=config.model.seed or 0)
     return {
@@ -95,8 +97,8 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         return (
             f"{FLAG} {size} needs the compiled kernels, for the ranks' shared memory, and here it is {native.status()}"
         )
-    if config.speculation.method is not None:
-        return f"{FLAG} {size} does not go with drafts ({config.speculation.method}) on GPUs so far"
+    if (method := config.speculation.method) is not None and method not in PROPOSERS:
+        return f"{FLAG} {size} does not go with drafts of a model ({method}) on GPUs so far"
     if given.spec.bidirectional:
         return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
     if config.expert_parallel:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from engine.forward import ForwardInput, PooledRow, RowExtras, Staging, TokenMas
 from engine.request import Pooling
 
 STEP, MASKS, CAPTURE, COMMAND, DROP = 1, 2, 3, 4, 5
-WORDS = 13
+WORDS = 14
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -48,27 +49,38 @@ def _lengths(given: ForwardInput) -> dict[str, int]:
     }
 
 
-def write_step(
-    given: ForwardInput, num_ahead: int, adapters: Sequence[tuple[int, int]] = (), gone: Sequence[int] = ()
-) -> tuple[list[Bytes], bool]:
-    """The parts of a message; and whether its masks are still to come. num_ahead: steps that are in flight. adapters:
-    the indices that others take, by the numbers that all ranks know them by, 0 for none. gone: numbers of adapters that
-    nobody asks for again."""
-    assert not given.num_speculating_rows, "ranks on GPUs have no drafts"
+@dataclass(slots=True)
+class Told:
+    """What a step's message says beside the step.
+
+    side: of the staging sets that it is laid out in. num_ahead: steps that are in flight. adapters: the indices that
+    others take, by the numbers that all ranks know them by, 0 for none. gone: numbers of adapters that nobody asks for
+    again. sampled: of each position that is sampled, the row that masks are for, where drafts are rows of their own.
+    """
+
+    side: int
+    num_ahead: int
+    adapters: Sequence[Sequence[int]] = ()
+    gone: Sequence[int] = ()
+    sampled: Sequence[int] | None = None
+
+
+def write_step(given: ForwardInput, told: Told) -> tuple[list[Bytes], bool]:
+    """The parts of a message; and whether its masks are still to come. given: as it runs on the device."""
+    assert not given.num_speculating_rows, "drafts are rows of their own by now"
     masks = given.masks
     ready = masks is not None and masks.is_ready
     mask_rows = -1 if masks is None else len(masks.rows)
-    head = [STEP, given.step, num_ahead, given.num_rows, given.num_decode_rows, given.num_tokens, given.num_table_diffs]
-    head += [given.num_sampling_diffs, given.num_saves, given.num_loads, mask_rows, ready]
+    head = [STEP, given.step, told.num_ahead, told.side, given.num_rows, given.num_decode_rows, given.num_tokens]
+    head += [given.num_table_diffs, given.num_sampling_diffs, given.num_saves, given.num_loads, mask_rows, ready]
     rare: dict[str, Any] = {}
     if given.extras:
         rare["extras"] = [_extras_words(each) for each in given.extras]
     if given.pooled:
         rare["pooled"] = given.pooled
-    if adapters:
-        rare["adapters"] = adapters
-    if gone:
-        rare["gone"] = gone
+    for name in ("adapters", "gone", "sampled"):
+        if found := getattr(told, name):
+            rare[name] = found
     text = orjson.dumps(rare, option=orjson.OPT_SERIALIZE_NUMPY) if rare else b""
     staging = given.staging
     parts = [np.array([*head, len(text)], np.int64).view(np.uint8)]
@@ -87,22 +99,21 @@ def _extras_words(extras: RowExtras) -> dict[str, Any]:
     return {field.name: getattr(extras, field.name) for field in dataclasses.fields(extras)}
 
 
-def step_number(message: Bytes) -> int:
-    """Which of the two staging sets it is for follows from it."""
-    return int(message[8:16].view(np.int64)[0])
-
-
 def num_ahead(message: Bytes) -> int:
     """Steps that are in flight when this one begins: what follows from the others' ends comes before it."""
     return int(message[16:24].view(np.int64)[0])
 
 
-def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, list[int]]:
-    """The same step, in another staging set, and what is gone. adapter_loads: with the numbers of adapters in place of
-    their weights."""
-    gone: list[int] = []
+def side_of(message: Bytes) -> int:
+    """The staging set that it is for."""
+    return int(message[24:32].view(np.int64)[0])
+
+
+def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, Told]:
+    """The same step, in another staging set, without adapters to load."""
     head = message[: 8 * WORDS].view(np.int64).tolist()
-    _, step, _, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
+    _, step, ahead, side, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
+    told = Told(side, ahead)
     given = ForwardInput(step, staging, rows, decodes, tokens, diffs, changed, num_saves=saves, num_loads=loads)
     staging.reserve_table_diff(diffs)
     at = 8 * WORDS
@@ -124,9 +135,9 @@ def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, list[int]
         rare = orjson.loads(message[at : at + text_length].tobytes())
         given.extras = [_extras_of(words) for words in rare.get("extras", ())]
         given.pooled = [_pooled_of(words) for words in rare.get("pooled", ())]
-        given.adapter_loads = [(index, number) for index, number in rare.get("adapters", ())]
-        gone = rare.get("gone", [])
-    return given, gone
+        for name in ("adapters", "gone", "sampled"):
+            setattr(told, name, rare.get(name, getattr(told, name)))
+    return given, told
 
 
 def _fill(masks: TokenMasks, message: Bytes, at: int) -> int:

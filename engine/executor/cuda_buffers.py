@@ -55,7 +55,8 @@ class Drafted:
 class CudaHandle:
     """A launched step. keep: tensors that must outlive the device's work on it. num_rows: on the device.
 
-    given: the step, where rows may speculate; drafted: what became of it, where some do.
+    given: the step, where rows may speculate; drafted: what became of it, where some do; positions: what is sampled
+    then, by rows of the step as it was given, which masks are for.
     reading: what a draft model does before it; told: by row on the device, the drafts that it made, once they are here.
     draw: set while its sampling waits for masks. downloads: (to, from) beside the tokens; readers: what puts them into
     the output.
@@ -70,6 +71,7 @@ class CudaHandle:
     waited: bool = False
     given: ForwardInput | None = None
     drafted: Drafted | None = None
+    positions: Positions | None = None
     reading: Any = None
     told: dict[int, int] = field(default_factory=dict)
     draw: Callable[[], None] | None = None

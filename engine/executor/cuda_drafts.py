@@ -120,7 +120,7 @@ class DraftSteps(DeviceState):
             speculator.drop(reading.made)
         handle.side = self._sides[2 + handle.side.parity]
         flat, handle.drafted = self._flatten(step, given, handle.side)
-        handle.num_rows = flat.num_rows
+        handle.num_rows, handle.positions = flat.num_rows, handle.drafted.positions
         return flat
 
     def _note_lengths(self, step: ForwardInput) -> None:

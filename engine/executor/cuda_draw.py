@@ -39,10 +39,10 @@ class OpenSteps(DeviceState):
         masks, masked, bits = forward_input.masks, None, None
         if masks is not None:
             words = masks.bits
-            if handle.drafted is None:
+            if handle.positions is None:
                 index = np.searchsorted(rows, masks.rows)
             else:
-                counting, index = mask_places(masks.rows, handle.drafted.positions)
+                counting, index = mask_places(masks.rows, handle.positions)
                 words = words[counting]
             masked, bits = send([index.astype(np.int32), words.reshape(-1).view(np.int32)])
             bits = bits.view(len(index), -1)

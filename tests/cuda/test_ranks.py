@@ -370,12 +370,12 @@ def test_a_step_is_the_same_in_another_rank() -> None:
     masks.release()
     pooled = [PooledRow(1, Pooling("logprobs", token_ids=(3, 4)), True)]
     step = ForwardInput(7, here, 3, 1, 20, 5000, 2, [extras], masks, pooled, num_saves=4, num_loads=2)
-    message, awaits = steps.write_step(step, 1, [(2, 5), (1, 0)], [3, 4])
+    message, awaits = steps.write_step(step, steps.Told(3, 1, [(2, 5), (1, 0)], [3, 4], [1, 1, 2]))
     assert not awaits
     told = np.concatenate(message)
-    assert steps.kind_of(told) == steps.STEP and steps.step_number(told) == 7 and steps.num_ahead(told) == 1
-    found, gone = steps.read_step(told, there)
-    assert found.adapter_loads == [(2, 5), (1, 0)] and gone == [3, 4]
+    assert steps.kind_of(told) == steps.STEP and steps.side_of(told) == 3 and steps.num_ahead(told) == 1
+    found, said = steps.read_step(told, there)
+    assert said == steps.Told(3, 1, [[2, 5], [1, 0]], [3, 4], [1, 1, 2])
     for name, length in steps._lengths(step).items():
         assert np.array_equal(getattr(here, name)[:length], getattr(there, name)[:length]), name
     same = ("step", "num_rows", "num_decode_rows", "num_tokens", "num_table_diffs", "num_sampling_diffs", "num_saves")
@@ -387,7 +387,7 @@ def test_a_step_is_the_same_in_another_rank() -> None:
     assert found.masks is not None and found.masks.is_ready
     assert np.array_equal(found.masks.bits, masks.bits) and found.masks.rows.tolist() == [0, 2]
     later = TokenMasks([0, 2], limits.vocab_size)
-    message, awaits = steps.write_step(dataclasses.replace(step, masks=later), 0)
+    message, awaits = steps.write_step(dataclasses.replace(step, masks=later), steps.Told(0, 0))
     assert awaits
     found, _ = steps.read_step(np.concatenate(message), there)
     assert found.masks is not None and not found.masks.is_ready
