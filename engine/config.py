@@ -350,7 +350,7 @@ class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU (of each rank), None for auto.
 
     tensor_parallel_size: ranks, processes that compute one model together, on GPUs each on one of its own.
-    expert_parallel: of experts each has some whole, and not a part of each (on a CPU).
+    expert_parallel: of experts each has some whole, and not a part of each.
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
     start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
     checked whole whenever the engine is idle, and not a part of the time.

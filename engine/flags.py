@@ -189,7 +189,7 @@ def make_parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
         action="store_true",
         dest="expert_parallel",
         default=None,
-        help="with --tensor-parallel-size on a CPU: each process has some experts whole, and not a part of each",
+        help="with --tensor-parallel-size: each process has some experts whole, and not a part of each",
     )
     device.add_argument(
         "--deterministic",

@@ -14,8 +14,15 @@ from engine.ops.ranks import RanksEndedError
 class RankedGroup(DeviceGroup):
     """A RankGroup (executor/cuda_group.py). gone: which rank has ended unasked, where one has."""
 
-    def __init__(self, ring: Ring, collectives: Collectives, gone: Callable[[], str | None] = lambda: None) -> None:
-        super().__init__(collectives)
+    def __init__(
+        self,
+        ring: Ring,
+        collectives: Collectives,
+        gone: Callable[[], str | None] = lambda: None,
+        *,
+        expert_parallel: bool = False,
+    ) -> None:
+        super().__init__(collectives, expert_parallel=expert_parallel)
         self.ring = ring
         self._gone = gone
 

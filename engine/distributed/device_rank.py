@@ -38,6 +38,7 @@ def config_of(job: dict[str, Any]) -> EngineConfig:
         speculation=SpeculationOptions(**job["speculation"]),
         device="cuda",
         tensor_parallel_size=job["layout"]["size"],
+        expert_parallel=job["expert_parallel"],
     )
 
 
@@ -79,7 +80,7 @@ def _serve(job: dict[str, Any], ring: Any) -> None:
         collectives = TorchCollectives(job["meeting"], rank, size, torch.device("cuda", rank))
     else:
         layer, collectives = _stand_in(job["stand_in"], job["meeting"], rank, size)
-    group = RankedGroup(ring, collectives)
+    group = RankedGroup(ring, collectives, expert_parallel=config.expert_parallel)
     directory = Path(job["directory"])
     spec = dataclasses.replace(read_spec(directory), headless=job["headless"], projections=())
     report = StartupReport()

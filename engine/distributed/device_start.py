@@ -77,6 +77,7 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
         "directory": str(Path(given.directory).resolve()),
         "context": given.context,
         "headless": given.spec.headless,
+        "expert_parallel": config.expert_parallel,
     }
 
 
@@ -101,9 +102,9 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         return f"{FLAG} {size} does not go with drafts of a model ({method}) on GPUs so far"
     if given.spec.bidirectional:
         return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
-    if config.expert_parallel:
-        return "--enable-expert-parallel is for --device cpu so far: GPUs have a part of every expert each"
-    return refuse(given.spec, size)
+    if config.expert_parallel and not given.spec.experts:
+        return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
+    return refuse(given.spec, size, expert_parallel=config.expert_parallel)
 
 
 class _Leader:
@@ -146,7 +147,8 @@ class _Leader:
             else:
                 module, _, name = job["stand_in"].partition(":")
                 layer, self._collectives = getattr(importlib.import_module(module), name)(job["meeting"], 0, size)
-        group = RankedGroup(ring, self._collectives, gone=lambda: self._members.gone)
+        whole = given.config.expert_parallel
+        group = RankedGroup(ring, self._collectives, lambda: self._members.gone, expert_parallel=whole)
         make = functools.partial(LeadingExecutor, on_close=self.close)
         executor = cuda_start.start(given, cuda_start.Ranked(group, make), layer)
         assert isinstance(executor, LeadingExecutor)

@@ -148,7 +148,7 @@ def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLay
         sample = group[: max(1, -(-BYTES_READ // first.num_bytes))]
 
         def tokens_of(pairs: int, first: Mixture = first) -> int:
-            return min(max(1, pairs * first.count // first.chosen), most_rows)
+            return min(max(1, pairs * first.total // first.chosen), most_rows)
 
         tiles: dict[int, CodedTile] = {}
         for rows, pairs in zip(CODED_ROWS, (1, CODED_MANY), strict=True):
@@ -163,7 +163,7 @@ def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLay
         widen_from = most_rows * first.chosen + 1 if len(tiles) == len(CODED_ROWS) else 0
         for pairs in PAIRS_WIDENED if widen_from else ():
             tokens = tokens_of(pairs)
-            rows = coded_rows(tokens * first.chosen, first.count)
+            rows = coded_rows(tokens * first.chosen, first.total)
             x, logits = _routed(first, tokens, layer)
             ways: dict[CodedTile | None, Callable[[], None]] = {
                 None: partial(_mixed, sample, x, logits, None),
@@ -196,7 +196,7 @@ def of_words(words: Any) -> Any:
 def _routed(mixture: Mixture, tokens: int, layer: DeviceLayer) -> tuple[Tensor, Tensor]:
     """So many, which go to any experts."""
     x = layer.zeros((tokens, mixture.hidden_size), mixture.dtype)
-    logits = layer.zeros((tokens, mixture.count), mixture.dtype)
+    logits = layer.zeros((tokens, mixture.total), mixture.dtype)
     layer.launch(x.normal_)
     layer.launch(logits.normal_)
     return x, logits

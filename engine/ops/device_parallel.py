@@ -115,11 +115,8 @@ class DeviceOutput(DeviceEmbedding):
 class DeviceGroup:
     """A slices.Group on a device: what the loading thread makes layers of."""
 
-    # Stacks of experts (ops/experts.py) hold a part of each.
-    expert_parallel = False
-
-    def __init__(self, collectives: Collectives) -> None:
-        self.rank, self.size = collectives.rank, collectives.size
+    def __init__(self, collectives: Collectives, *, expert_parallel: bool = False) -> None:
+        self.rank, self.size, self.expert_parallel = collectives.rank, collectives.size, expert_parallel
         self._sums = Sums(collectives)
 
     def summed(self, linear: Linear, bias: Tensor | None) -> Linear:

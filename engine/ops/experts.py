@@ -7,7 +7,7 @@ number of tokens alone, so that a graph can hold it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ Activation = str | Clamped
 Biases = tuple[Tensor | None, Tensor | None]
 # Where adapters add something to gate and up, and to down.
 Adapted = tuple[StackedSites, StackedSites]
+# Of all experts those [first, end) that are here, where ranks have some each; None: all are.
+Held = tuple[int, int] | None
 # Columns and warps of a program's tile of the result, and loads under way.
 CodedTile = tuple[int, int, int]
 CODED_TILES: tuple[CodedTile, ...] = ((32, 4, 4), (64, 8, 3), (32, 8, 4))
@@ -54,13 +56,15 @@ def mix_experts(
     biases: Biases = (None, None),
     coded: tuple[int, CodedTile] | None = None,
     adapted: Adapted | None = None,
+    held: Held = None,
 ) -> Tensor:
     """x [N, hidden] -> [N, hidden]: each token's best `chosen` experts, added up by share in float32, rounded once.
 
     logits [N, experts]: of the router. gate_up: matrices [2 * inner, hidden], down: [hidden, inner]; biases of either:
     [experts, rows]. activation: "silu", "gelu_tanh" or Clamped. An expert's own result is rounded to the dtype.
     coded: rows of a block of pairs, one of CODED_ROWS, and its tile, where codes are to be widened in registers; None:
-    they become numbers first. adapted: where rows have adapters.
+    they become numbers first. adapted: where rows have adapters. held: matrices are of these alone, and what the others
+    add is left out.
     """
     if on_gpu(x):
         from engine.ops.triton import experts as kernels
@@ -76,10 +80,10 @@ def mix_experts(
             biases=biases,
             coded=coded,
             adapted=adapted,
+            held=held,
         )
-    return torch_mix_experts(
-        x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases, adapted=adapted
-    )
+    given = (x, logits, gate_up, down, chosen, activation)
+    return torch_mix_experts(*given, normalize=normalize, biases=biases, adapted=adapted, held=held)
 
 
 def torch_mix_experts(
@@ -93,10 +97,12 @@ def torch_mix_experts(
     normalize: bool,
     biases: Biases = (None, None),
     adapted: Adapted | None = None,
+    held: Held = None,
 ) -> Tensor:
     """The same in torch: every expert computes every token and counts with its share, mostly 0."""
     experts, shares = choose_experts(logits, chosen, normalize=normalize)
-    count = logits.shape[1]
+    first, end = held or (0, logits.shape[1])
+    count = end - first
     spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
     total = torch.zeros_like(x, dtype=torch.float32)
 
@@ -110,7 +116,7 @@ def torch_mix_experts(
     above, below = adapted or (None, None)
     for number in range(count):
         inner = activated(product(x, gate_up, biases[0], number, above), activation)
-        total.addcmul_(product(inner, down, biases[1], number, below).float(), spread[:, number, None])
+        total.addcmul_(product(inner, down, biases[1], number, below).float(), spread[:, first + number, None])
     return total.to(x.dtype)
 
 
@@ -129,7 +135,8 @@ class Mixture:
     gate_up [experts, 2 * inner, hidden], gates first, down [experts, hidden, inner]: or codes of these below one
     another. dtype: of inputs and outputs. chosen: experts of a token. tiles, widen_from: how codes are multiplied, by
     rows of a block of pairs and from how many pairs on numbers first; a clock says (executor/cuda_products.py). Until
-    then always, which is what takes most memory. adapted: where adapters are served.
+    then always, which is what takes most memory. adapted: where adapters are served. total, held: of the experts of all
+    ranks, of which `count` are here.
     """
 
     def __init__(
@@ -141,7 +148,10 @@ class Mixture:
         activation: Activation,
         dtype: torch.dtype,
         biases: Biases = (None, None),
+        total: int | None = None,
+        held: Held = None,
     ) -> None:
+        self.total, self.held = total or count, held
         self.count, self.chosen, self.dtype = count, chosen, dtype
         self.gate_up, self.down, self.biases = gate_up, down, biases
         self.activation = activation
@@ -163,7 +173,7 @@ class Mixture:
         """Two that are the same in this are as quick as each other."""
         stacks = (self.gate_up, self.down)
         sizes = [tuple(s.shape) if isinstance(s, Tensor) else (s.form, *s.codes.shape, *s.scale.shape) for s in stacks]
-        return self.count, self.chosen, self.dtype, self.activation, self.biases[0] is not None, *sizes
+        return self.count, self.total, self.chosen, self.dtype, self.activation, self.biases[0] is not None, *sizes
 
     @property
     def num_bytes(self) -> int:
@@ -182,7 +192,7 @@ class Mixture:
     def __call__(self, x: Tensor, logits: Tensor, chosen: int, *, normalize: bool) -> Tensor:
         """See mix_experts."""
         pairs = len(x) * chosen
-        rows = coded_rows(pairs, self.count)
+        rows = coded_rows(pairs, self.total)
         by_codes = self.forms and pairs < self.widen_from
         return self.mix(x, logits, (rows, self.tiles[rows]) if by_codes else None, chosen, normalize=normalize)
 
@@ -198,7 +208,8 @@ class Mixture:
         """In the way that is given."""
         given = (x, logits, self.gate_up, self.down, chosen or self.chosen, self.activation)
         adapted = self.adapted if self.adapted is not None and self.adapted[0].used else None
-        return mix_experts(*given, normalize=normalize, biases=self.biases, coded=coded, adapted=adapted)
+        options: Any = {"biases": self.biases, "adapted": adapted, "held": self.held}
+        return mix_experts(*given, normalize=normalize, coded=coded, **options)
 
 
 def coded_rows(pairs: int, num_experts: int) -> int:

@@ -233,10 +233,11 @@ class DeviceSite:
         return other
 
     def pairs_of(self, experts: Tensor, count: int, rows: Grouped, sort: Sort) -> Grouped:
-        """Pairs of (token, expert), int32 [T, chosen] of `count`, by adapter and expert. owners: the adapter, from 0
-        on, times count and the expert, or -1. sort: (int32 [T, chosen], kinds, rows of a block) -> order, owners."""
+        """Pairs of (token, expert), int32 [T, chosen] of `count` (-1: of none), by adapter and expert. owners: the
+        adapter, from 0 on, times count and the expert, or -1. sort: (int32 [T, chosen], kinds, rows of a block) ->
+        order, owners."""
         ids = _indices(rows, len(experts)).int()[:, None]
-        kinds = torch.where(ids > 0, (ids - 1) * count + experts, -1)
+        kinds = torch.where((ids > 0) & (experts >= 0), (ids - 1) * count + experts, -1)
         return Grouped(*sort(kinds, self.shelf.capacity * count, ROWS))
 
     def add_pairs(self, x: Tensor, y: Tensor, pairs: Grouped, count: int, per_row: int) -> None:

@@ -152,6 +152,8 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
         tokens, ratings = empty(many, 2048), empty(many, 16)
         experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
+        # Of a rank that has half of them.
+        experts.mix_experts(tokens, empty(many, 32), gate_up, down, 4, "silu", normalize=True, held=(16, 32))
     numbers = empty(rows, kind=ints)
     for given in (None, numbers):
         tables = empty(1, 9, 128, kind=ints)

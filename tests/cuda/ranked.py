@@ -172,12 +172,14 @@ class Machine:
         seed: int = 0,
         num_pages: int = 40,
         module: Callable[[FakeDevice], Any] | None = None,
+        expert_parallel: bool = False,
         load: Callable[[RankedGroup, Path | None], CausalLM] | None = None,
         memories: list[int] | None = None,
         **options: Any,
     ) -> None:
         self.size, self.seed, self.cuda_graph, self.num_pages = size, seed, cuda_graph, num_pages
         self.module, self.options, self.memories = module, options, memories
+        self.expert_parallel = expert_parallel
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
         bind_operations()
@@ -211,7 +213,7 @@ class Machine:
             device.memory = self.memories[rank]
         self.devices[rank] = device
         self.collectives[rank] = FakeCollectives(self.meeting, rank, device)
-        group = RankedGroup(self.rings[rank], self.collectives[rank])
+        group = RankedGroup(self.rings[rank], self.collectives[rank], expert_parallel=self.expert_parallel)
 
         def load(directory: Path | None) -> CausalLM:
             return read_together(functools.partial(self.load, group), directory, group)

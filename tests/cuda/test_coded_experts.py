@@ -83,6 +83,23 @@ def test_one_token_in_half_precision(form: str) -> None:
     check(1, stack(form, 2 * INNER, HIDDEN, 64), stack(form, HIDDEN, INNER, 32), dtype=NARROW)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("way", [WAY, None])
+def test_of_which_some_are_here(tokens: int, way: tuple[int, tuple[int, int, int]] | None) -> None:
+    """Of a rank that has the last ones; None: they become numbers first."""
+    here = COUNT // 2
+    gate_up, down = stack("int4", 2 * INNER, HIDDEN, 32, here), stack("e2m1", HIDDEN, INNER, 32, here)
+    x, logits = normal(tokens, HIDDEN) / 10, normal(tokens, COUNT, seed=1)
+    logits[0, [0, -1]] = 9.0  # one that is here, and one that is not
+    given = (x, logits, gate_up, down, 2, "silu")
+    options: dict[str, Any] = {"normalize": True, "held": (COUNT - here, COUNT)}
+    tile = None if way else experts.Tile(16, 64, 128, 1)
+    ours = experts.mix_experts(*given, **options, coded=way, tile=tile)
+    wide = (x, logits, numbers(gate_up, here), numbers(down, here), 2, "silu")
+    expected = torch_mix_experts(*wide, **options)
+    assert float((ours - expected).norm() / expected.norm()) < 1e-5
+
+
 def test_activations_and_biases() -> None:
     gate_up, down = stack("e2m1", 2 * INNER, HIDDEN, 32), stack("e2m1", HIDDEN, INNER, 32)
     check(4, gate_up, down, "gelu_tanh")

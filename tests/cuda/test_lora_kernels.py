@@ -275,8 +275,10 @@ def test_rows_of_embeddings(way: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("activation", ["silu", Clamped(7.0, 1.702)])
 @pytest.mark.parametrize("tokens", [1, len(IDS)])
-def test_experts_of_many_adapters(tokens: int, activation: Any) -> None:
-    """By the kernels as by torch, where every expert computes every token; nobody's rows are as without."""
+@pytest.mark.parametrize("held", [None, (2, 7)])
+def test_experts_of_many_adapters(held: tuple[int, int] | None, tokens: int, activation: Any) -> None:
+    """By the kernels as by torch, where every expert computes every token; nobody's rows are as without. held: of eight
+    those that are here."""
     count, chosen, hidden, inner, dtype = 5, 2, 48, 32, NARROW[0]
     above, below = (
         SiteShape(hidden, 2 * inner, ((0, inner), (inner, 2 * inner)), 8),
@@ -297,15 +299,15 @@ def test_experts_of_many_adapters(tokens: int, activation: Any) -> None:
     stacks = StackedSites(rows, ["a"]), StackedSites(rows, ["b"])
     for stack, first in zip(stacks, (0, count), strict=True):
         stack.device = DeviceSite(shelf, first, DEVICE)
-    x, logits = randn(tokens, hidden, dtype=dtype), randn(tokens, count, seed=1)
+    x, logits = randn(tokens, hidden, dtype=dtype), randn(tokens, 8 if held else count, seed=1)
     gate_up, down = (
         randn(count, 2 * inner, hidden, dtype=dtype, seed=2),
         randn(count, hidden, inner, dtype=dtype, seed=3),
     )
     given: Any = (x, logits, gate_up * hidden**-0.5, down * inner**-0.5, chosen, activation)
-    expected = torch_mix_experts(*given, normalize=True, adapted=stacks)
-    plain = torch_mix_experts(*given, normalize=True)
-    made = experts_kernels.mix_experts(*given, normalize=True, adapted=stacks)
+    expected = torch_mix_experts(*given, normalize=True, adapted=stacks, held=held)
+    plain = torch_mix_experts(*given, normalize=True, held=held)
+    made = experts_kernels.mix_experts(*given, normalize=True, adapted=stacks, held=held)
     torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
     nobodys = [row for row, index in enumerate(ids) if not index]
     torch.testing.assert_close(made[nobodys], plain[nobodys], rtol=1e-4, atol=1e-4)

@@ -117,12 +117,15 @@ async def test_the_tokens_of_one_rank(name: str, tmp_path: Path) -> None:
         assert len(replays) == 1 and replays != {0}
 
 
-async def test_experts_of_which_each_rank_has_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("expert_parallel", [False, True])
+async def test_experts_of_which_each_rank_has_a_part_or_some(
+    expert_parallel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = test_adapter_kinds.MIXTURE
     # The reference has them one by one.
     models = [whole(config) for _ in range(4)]
     monkeypatch.setattr("engine.models.parts.experts.keeps_experts_stacked", lambda device: device.type != "meta")
-    with ranked(2, config, seed=2, max_lora_mib=1) as made:
+    with ranked(2, config, seed=2, max_lora_mib=1, expert_parallel=expert_parallel) as made:
         assert layers_of(made.leader.model).stacks
         await agree(made, models, plain, tmp_path, 2)
 

@@ -128,7 +128,7 @@ def test_what_the_ranks_cannot_read_is_one_line_of_the_start(tmp_path: Path) -> 
             {"speculation": SpeculationOptions("draft_model")},
             "--tensor-parallel-size 2 does not go with drafts of a model .draft_model. on GPUs",
         ),
-        ({"expert_parallel": True}, "--enable-expert-parallel is for --device cpu so far"),
+        ({"expert_parallel": True}, "--enable-expert-parallel: LlamaForCausalLM has no experts"),
     ],
 )
 def test_what_cannot_be_is_one_line(options: dict[str, Any], line: str) -> None:

@@ -53,6 +53,9 @@ FUSED = {**CHOICE, "num_local_experts": 4, "intermediate_size_mlp": 128, "interl
 CLAMPED = {**CHOICE, "num_local_experts": 4, "sliding_window": 9}
 
 
+CHECKPOINTS: dict[str, dict[str, Any]] = {"Qwen3Moe": MOE, "Llama4": FUSED, "GptOss": CLAMPED, "Llama": {}}
+
+
 async def tokens_of(made: Machine, seed: int = 1, config: dict[str, Any] = TINY) -> None:
     requests, model = requests_of(seed), tiny_model(json.dumps(config))
     expected = [expected_tokens(model, request) for request in requests]
@@ -76,12 +79,21 @@ async def test_other_layers(config: dict[str, Any]) -> None:
         await tokens_of(made, 2, config)
 
 
-@pytest.mark.parametrize("quantisation", [None, "int4"])
-@pytest.mark.parametrize(("name", "sizes"), [("Qwen3Moe", MOE), ("Llama4", FUSED), ("GptOss", CLAMPED), ("Llama", {})])
+@pytest.mark.parametrize(
+    ("name", "sizes", "quantisation", "whole_experts"),
+    [(name, sizes, kept, False) for name, sizes in CHECKPOINTS.items() for kept in (None, "int4")]
+    + [("Qwen3Moe", MOE, "int4", True), ("Llama4", FUSED, None, True), ("GptOss", CLAMPED, None, True)],
+)
 async def test_checkpoints_as_gpus_hold_them(
-    name: str, sizes: dict[str, Any], quantisation: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    sizes: dict[str, Any],
+    quantisation: str | None,
+    whole_experts: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Experts in stacks of which each rank has a part, biases that are added once, and weights that stay codes."""
+    """Experts in stacks of which each rank has a part, or some whole, biases that are added once, and weights that stay
+    codes."""
     monkeypatch.setattr("engine.models.parts.experts.keeps_experts_stacked", lambda device: True)
     monkeypatch.setattr("engine.ops.device_coded.forms_kept", lambda dtype, device: device_coded.FORMS)
     given = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 2}
@@ -93,7 +105,9 @@ async def test_checkpoints_as_gpus_hold_them(
     def part(group: Any, directory: Path | None) -> Any:
         return load_part("", group, tmp_path, **options)
 
-    with machine(2, load=part) as made:
+    with machine(2, load=part, expert_parallel=whole_experts) as made:
+        counts = {mixture.count for mixture in made.leader.model.mixtures}
+        assert counts == (set() if name == "Llama" else {2 if whole_experts else 4})
         assert quantisation is None or sum(coded_matrices(made.leader.model).values())
         requests = requests_of(2)
         assert await serve(made.leader, requests) == [expected_tokens(whole, request) for request in requests]

@@ -281,6 +281,27 @@ def test_mix_experts(
     assert close(by_rule, ours)
 
 
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_of_which_some_are_here(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks that have them add up is what one has that has all; what nobody wrote is nobody's."""
+    x, logits = randn(tokens, 40), randn(tokens, 6, seed=1)
+    gate_up, down = 0.3 * randn(6, 48, 40, seed=2), 0.3 * randn(6, 40, 24, seed=3)
+    biases = randn(6, 48, seed=4), randn(6, 40, seed=5)
+    options: dict[str, Any] = {"normalize": True, "tile": experts.Tile(16, 16, 128, 1)}
+    whole = torch_mix_experts(x, logits, gate_up, down, 3, "silu", normalize=True, biases=biases)
+    empty = torch.empty
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", lambda *shape, **given: empty(*shape, **given).fill_(-(2**31) + 99))
+        patched.setattr(torch, "empty_like", lambda like, **given: empty(like.shape, dtype=like.dtype).fill_(torch.nan))
+        parts = []
+        for first, end in ((0, 1), (1, 4), (4, 6)):
+            own = gate_up[first:end].contiguous(), down[first:end].contiguous(), 3, "silu"
+            given: dict[str, Any] = {"biases": tuple(each[first:end] for each in biases), "held": (first, end)}
+            parts.append(experts.mix_experts(x, logits, *own, **options, **given))
+            assert close(parts[-1], torch_mix_experts(x, logits, *own, normalize=True, **given))
+    assert close(parts[0] + parts[1] + parts[2], whole)
+
+
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("penalised", [False, True])
 def test_adjust(biased: bool, penalised: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -208,6 +208,7 @@ class AllExperts:
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._inner = _latent(spec, source, prefix, hidden_size)
         self._experts = _experts_of(spec, source, prefix, spec.latent_size or hidden_size)
+        self._first = spec.here.start
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
         """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
@@ -218,7 +219,7 @@ class AllExperts:
         if self._inner is not None:
             x = self._inner[0](x)
         total = torch.zeros_like(x, dtype=torch.float32)
-        for number, expert in enumerate(self._experts):
+        for number, expert in enumerate(self._experts, self._first):
             total.addcmul_(computed(expert(x)).float(), spread[:, number, None])
         mixed = total.to(x.dtype)
         return mixed if self._inner is None else self._inner[1](mixed)
@@ -243,10 +244,10 @@ class StackedExperts:
 
 
 def make_mixture(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Mixture:
-    """The matrices of all experts, gates first."""
-    count, inner = spec.num_experts, spec.intermediate_size
-    ups = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
-    downs = [prefix + spec.down.format(number) for number in range(count)]
+    """The matrices of all experts that are held, gates first."""
+    count, inner = len(spec.here), spec.intermediate_size
+    ups = [prefix + name.format(number) for number in spec.here for name in spec.gate_up]
+    downs = [prefix + spec.down.format(number) for number in spec.here]
     order, activation = None, cast(Activation, spec.activation)
     if spec.clamp is not None:
         activation = Clamped(spec.clamp.limit, spec.clamp.alpha)
@@ -264,7 +265,9 @@ def make_mixture(spec: Experts, source: Source, prefix: str, hidden_size: int) -
         first = source.stacked([f"{name}.bias" for name in ups], [rows] * len(ups)).view(count, -1)
         first = first if order is None else first.index_select(1, order.to(first.device))
         biases = first, source.stacked([f"{name}.bias" for name in downs], [hidden_size] * count).view(count, -1)
-    mixture = Mixture(count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)
+    options: Any = {"total": spec.num_experts, "held": spec.held}
+    given = (count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)
+    mixture = Mixture(*given, **options)
     above = source.adapted_experts(ups, count, 2 * inner * count // len(ups), hidden_size, order)
     below = source.adapted_experts(downs, count, hidden_size, inner, None)
     if above is not None and below is not None:

@@ -22,7 +22,7 @@ from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
 from engine.ops.triton.pdl import launch_options, overlap
 
 if TYPE_CHECKING:  # which asks for this module late
-    from engine.ops.experts import Activation, Adapted, Biases, CodedTile, Stack
+    from engine.ops.experts import Activation, Adapted, Biases, CodedTile, Held, Stack
 
 # Pairs that a program looks through at a time, and columns that one adds up.
 BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
@@ -51,12 +51,16 @@ def _route(
     shares_ptr,
     stride,
     num_experts,
+    first,
+    held,
     CHOSEN: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    SOME: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHOSEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """SOME: `held` experts from `first` on are here, and count from 0 on; others are -1."""
     overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, BLOCK)
@@ -75,6 +79,8 @@ def _route(
         left = tl.where(number == expert, -float("inf"), left)
     if NORMALIZE:
         shares = shares / tl.sum(shares, axis=0)
+    if SOME:
+        experts = tl.where((experts >= first) & (experts < first + held), experts - first, -1)
     tl.store(experts_ptr + row * CHOSEN + place, experts, mask=place < CHOSEN)
     tl.store(shares_ptr + row * CHOSEN + place, shares, mask=place < CHOSEN)
 
@@ -199,14 +205,28 @@ def _multiply(
 
 
 @triton.jit
-def _weigh(y_ptr, shares_ptr, out_ptr, width, CHOSEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _weigh(
+    y_ptr,
+    shares_ptr,
+    experts_ptr,
+    out_ptr,
+    width,
+    CHOSEN: tl.constexpr,
+    SOME: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """SOME: of experts that are not here nothing was written."""
     overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for index in range(CHOSEN):
         pair = row * CHOSEN + index
-        y = tl.load(y_ptr + pair * width + column, mask=column < width, other=0.0).to(tl.float32)
+        written = width
+        if SOME:
+            written = tl.where(tl.load(experts_ptr + pair) >= 0, width, 0)
+        y = tl.load(y_ptr + pair * width + column, mask=column < written, other=0.0).to(tl.float32)
         total += tl.load(shares_ptr + pair) * y
     tl.store(out_ptr + row * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
 
@@ -216,10 +236,12 @@ def tile_for(pairs: int, num_experts: int) -> Tile:
     return next(tile for least, tile in TILES if pairs >= least * num_experts)
 
 
-def route(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """[N, experts] -> experts int32 [N, chosen], best first, lowest first of equals; their shares float32."""
+def route(logits: Tensor, chosen: int, *, normalize: bool, held: Held = None) -> tuple[Tensor, Tensor]:
+    """[N, experts] -> experts int32 [N, chosen], best first, lowest first of equals; their shares float32. held: those
+    that are here, which count from 0 on; others are -1."""
     tokens, num_experts = logits.shape
     assert logits.stride(1) == 1 and chosen <= num_experts
+    first, end = held or (0, num_experts)
     experts = torch.empty((tokens, chosen), dtype=torch.int32, device=logits.device)
     shares = torch.empty((tokens, chosen), dtype=torch.float32, device=logits.device)
     _route[(tokens,)](
@@ -228,8 +250,10 @@ def route(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Tensor, Tens
         shares,
         logits.stride(0),
         num_experts,
+        *(first, end - first),
         CHOSEN=chosen,
         NORMALIZE=normalize,
+        SOME=held is not None,
         BLOCK=triton.next_power_of_2(num_experts),
         BLOCK_CHOSEN=triton.next_power_of_2(chosen),
         num_warps=1,
@@ -360,15 +384,18 @@ def mix_experts(
     tile: Tile | None = None,
     coded: tuple[int, CodedTile] | None = None,
     adapted: Adapted | None = None,
+    held: Held = None,
 ) -> Tensor:
     """See ops/experts.py. tile: for tests."""
     (tokens, hidden), num_experts = x.shape, logits.shape[1]
     assert x.stride(1) == 1
-    experts, shares = route(logits, chosen, normalize=normalize)
+    experts, shares = route(logits, chosen, normalize=normalize, held=held)
     count = tokens * chosen
     if coded is not None:
         tile = tile or next(each for _, each in TILES if each.rows == coded[0])
     tile = tile or tile_for(count, num_experts)
+    if held is not None:
+        num_experts = held[1] - held[0]
     # A token's experts differ, so there is nothing to bring together.
     pairs = Pairs(experts, experts.view(-1), count, is_sorted=tokens > 1)
     if pairs.is_sorted:
@@ -382,6 +409,11 @@ def mix_experts(
         inner, y = _with_adapters(x, gate_up, down, biases, pairs, experts, activation, how, adapted)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _weigh[(tokens, triton.cdiv(hidden, BLOCK_COLUMNS))](
-        y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4, **launch_options()
+        *(y, shares, experts, out, hidden),
+        CHOSEN=chosen,
+        SOME=held is not None,
+        BLOCK=BLOCK_COLUMNS,
+        num_warps=4,
+        **launch_options(),
     )
     return out
