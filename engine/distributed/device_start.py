@@ -100,8 +100,6 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         )
     if (method := config.speculation.method) is not None and method not in PROPOSERS:
         return f"{FLAG} {size} does not go with drafts of a model ({method}) on GPUs so far"
-    if given.spec.bidirectional:
-        return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
     if config.expert_parallel and not given.spec.experts:
         return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
     return refuse(given.spec, size, expert_parallel=config.expert_parallel)

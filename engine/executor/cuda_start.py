@@ -118,8 +118,9 @@ def start(given: Start, ranked: Ranked | None = None, layer: DeviceLayer | None 
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
         limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size, max_adapters)
-        options = {"max_lora_rank": config.lora.max_lora_rank, "max_lora_mib": config.lora.max_lora_mib}
-        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load, **options)
+        options: dict[str, Any] = {"max_lora_mib": config.lora.max_lora_mib, "ranked": ranked}
+        options |= {"max_lora_rank": config.lora.max_lora_rank, "row": report.row, "load": load}
+        return build_cuda_encoder(model, layer, limits, dtype=dtype, **options)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -319,8 +320,10 @@ def build_cuda_encoder(
     load: Callable[[Path | None], CausalLM] | None = None,
     max_lora_rank: int = 64,
     max_lora_mib: int | None = None,
+    ranked: Ranked | None = None,
 ) -> CUDAExecutor:
-    """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`. Raises StartupError."""
+    """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`; and build_cuda_executor.
+    Raises StartupError."""
     most = limits.max_num_batched_tokens
     adapters = place_adapters(model, layer, max_lora_rank, max_lora_mib, most, row)
     with layer.may_block():
@@ -333,7 +336,11 @@ def build_cuda_encoder(
             trial.run_worst_case()
             activations = max(0, layer.peak_memory() - before)
             trial.close()
-            executor = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", load=load, adapters=adapters)
+            options: dict[str, Any] = {"cuda_graph": "off", "load": load, "adapters": adapters}
+            make: Callable[..., CUDAExecutor] = CUDAExecutor
+            if ranked is not None:
+                make, options["group"] = ranked.make, ranked.group
+            executor = make(model, limits, layer, attention, **options)
         left = max(0, free - (before - weights) - activations)
         row("GPU memory", str(MemoryPlan(layer.total_memory(), weights, before - weights, activations, 0, 0, left)))
         row("attention", attention.describe())

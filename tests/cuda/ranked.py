@@ -24,7 +24,8 @@ from engine.config import CacheOptions
 from engine.distributed.device_executor import FollowingExecutor, LeadingExecutor
 from engine.distributed.device_group import RankedGroup
 from engine.distributed.ring import Ring, layout_of
-from engine.executor.cuda_start import Ranked, build_cuda_executor, read_together
+from engine.executor.cuda_start import Ranked, build_cuda_encoder, build_cuda_executor, read_together
+from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
@@ -173,13 +174,14 @@ class Machine:
         num_pages: int = 40,
         module: Callable[[FakeDevice], Any] | None = None,
         expert_parallel: bool = False,
+        encoder: Limits | None = None,
         load: Callable[[RankedGroup, Path | None], CausalLM] | None = None,
         memories: list[int] | None = None,
         **options: Any,
     ) -> None:
         self.size, self.seed, self.cuda_graph, self.num_pages = size, seed, cuda_graph, num_pages
         self.module, self.options, self.memories = module, options, memories
-        self.expert_parallel = expert_parallel
+        self.expert_parallel, self.encoder = expert_parallel, encoder
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
         bind_operations()
@@ -218,19 +220,26 @@ class Machine:
         def load(directory: Path | None) -> CausalLM:
             return read_together(functools.partial(self.load, group), directory, group)
 
+        common: dict[str, Any] = {
+            "dtype": torch.float32,
+            "load": load,
+            "ranked": Ranked(group, make),
+            "row": lambda name, text: self.rows[rank].append((name, text)),
+        }
+        if self.encoder is not None:
+            executor = build_cuda_encoder(load(None), device, self.encoder, **common)
+            self.executors[rank] = executor
+            self._built[rank].set()
+            return executor
         given: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}
         num_pages = None if self.memories is not None else self.num_pages
         executor = build_cuda_executor(
             load(None),
             device,
             CacheOptions(page_size=4, num_pages=num_pages),
-            dtype=torch.float32,
             cuda_graph=self.cuda_graph,
             module=None if self.module is None else self.module(device),
-            load=load,
-            ranked=Ranked(group, make),
-            row=lambda name, text: self.rows[rank].append((name, text)),
-            **(given | self.options),
+            **(common | given | self.options),
         )
         self.executors[rank] = executor
         self._built[rank].set()

@@ -18,6 +18,7 @@ from engine.config import SchedulerOptions, StartupError
 from engine.distributed import steps
 from engine.distributed.ring import PLACE_BYTES, Ring
 from engine.engine import Engine
+from engine.executor.cpu import CPUExecutor
 from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_start import coded_matrices
 from engine.forward import DeviceLostError, ForwardInput, PooledRow, RowExtras, Staging, TokenMasks
@@ -42,6 +43,7 @@ from tests.cuda.support import (
     serve,
     tiny_model,
 )
+from tests.cuda.test_encoders import ENCODERS, LIMITS, vectors
 from tests.cuda.test_failures import asked
 from tests.distributed.together import together
 from tests.models.support import make_checkpoint
@@ -111,6 +113,22 @@ async def test_checkpoints_as_gpus_hold_them(
         assert quantisation is None or sum(coded_matrices(made.leader.model).values())
         requests = requests_of(2)
         assert await serve(made.leader, requests) == [expected_tokens(whole, request) for request in requests]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+async def test_the_vectors_of_one_rank(name: str) -> None:
+    config = ENCODERS[name]
+    model = tiny_model.__wrapped__(json.dumps(config), 64)
+    classify = model.config.classifier is not None
+    reference = CPUExecutor(model, LIMITS, dtype=torch.float32)
+    expected = await vectors(reference, classify)
+    reference.close()
+    load = functools.partial(load_part, json.dumps(config), max_model_len=64)
+    with machine(2, load=load, encoder=LIMITS) as made:
+        found = await vectors(made.leader, classify)
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
