@@ -9,6 +9,7 @@ the group ends, and with it the process.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import operator
 import queue
@@ -24,6 +25,17 @@ import numpy as np
 from engine.config import StartupError
 from engine.distributed import steps
 from engine.distributed.device_group import RankedGroup
+from engine.distributed.pages import (
+    OF_PAGES,
+    OF_STATES,
+    Carrier,
+    CarryingRank,
+    Open,
+    RankedPages,
+    Rows,
+    open_pages,
+)
+from engine.distributed.ring import ADAPTERS, PAGES
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import PinnedWeights
@@ -81,6 +93,7 @@ class LeadingExecutor(RankedExecutor):
         # What the others know adapters by, and those of what nobody has any more.
         self._number_of: weakref.WeakKeyDictionary[PinnedWeights, int] = weakref.WeakKeyDictionary()
         self._gone: deque[int] = deque()
+        self._carrier = Carrier(self._group.ring.beside[PAGES], self._group.why)
         self.rank_pids: list[int] = []
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
@@ -116,8 +129,7 @@ class LeadingExecutor(RankedExecutor):
 
     def read_adapter(self, path: Path) -> PinnedWeights:
         """See Executor."""
-        beside = self._group.ring.beside
-        assert beside is not None
+        beside = self._group.ring.beside[ADAPTERS]
         with self._reading:
             number = next(self._numbers)
             # Where the group is over, what follows says so.
@@ -186,13 +198,27 @@ class LeadingExecutor(RankedExecutor):
         with self._everywhere("load_weights", directory=str(directory)):
             super().load_weights(directory)
 
-    def page_memory(self) -> DevicePages:
+    def page_memory(self) -> RankedPages:
         """See Executor."""
-        raise StartupError("the KV cache is divided over ranks (--tensor-parallel-size), each with its own heads")
+        found = open_pages(self._carrier, OF_PAGES, self._own_pages, self._pinned)
+        assert found is not None
+        return found
 
-    def state_memory(self) -> DevicePages | None:
+    def state_memory(self) -> RankedPages | None:
         """See Executor."""
-        return self.page_memory()
+        return open_pages(self._carrier, OF_STATES, self._own_states, self._pinned)
+
+    def _pinned(self, num_bytes: int) -> Rows:
+        rows: Rows = self.layer.pinned(num_bytes).numpy()
+        return rows
+
+    def _cleanse(self, handle: CudaHandle, rows: list[int]) -> None:
+        """See CUDAExecutor. In the others now, too: their pages may be filled by a copy, which no step's message is
+        before."""
+        super()._cleanse(handle, rows)
+        if self._lost is None:
+            self._tell(steps.write_words(steps.CLEANSE, self._in_flight - (self._deferred is not None)))
+            self._carrier.cleansed += 1
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when a rank is gone, also while nothing runs."""
@@ -222,6 +248,8 @@ class FollowingExecutor(RankedExecutor):
         # Adapters by the numbers that rank 0 has for them, which are told once all ranks have read them.
         self._adapter_of: dict[int, PinnedWeights] = {}
         self._has_read = threading.Condition()
+        self._num_cleansed = 0
+        self._has_cleansed = threading.Condition()
         threading.Thread(target=self._watch_device, name="device", daemon=True).start()
 
     def _end(self, handle: CudaHandle) -> None:
@@ -243,6 +271,7 @@ class FollowingExecutor(RankedExecutor):
     def follow(self) -> None:
         """Until the group is over: raises RanksEndedError then, and whatever a step fails by."""
         threading.Thread(target=self._read_adapters, name="adapters", daemon=True).start()
+        threading.Thread(target=self._carry_pages, name="pages", daemon=True).start()
         while True:
             message = self._group.ring.receive()
             kind = steps.kind_of(message)
@@ -250,9 +279,13 @@ class FollowingExecutor(RankedExecutor):
                 self._run_step(message)
             elif kind == steps.MASKS:
                 self._take_masks(message)
+            elif kind == steps.CLEANSE:
+                self._finish_but(steps.read_words(message))
+                with self._has_cleansed:
+                    self._num_cleansed += 1
+                    self._has_cleansed.notify_all()
             else:
-                while self._running:
-                    self._finish_oldest()
+                self._finish_but(0)
                 words = steps.read_words(message)
                 if kind == steps.CAPTURE:
                     self._warm_up(GraphKey(*words), capture=True)
@@ -264,8 +297,7 @@ class FollowingExecutor(RankedExecutor):
 
     def _run_step(self, message: steps.Bytes) -> None:
         # What follows from their ends comes before this one here, too: they take what is no number out of pages.
-        while len(self._running) > steps.num_ahead(message):
-            self._finish_oldest()
+        self._finish_but(steps.num_ahead(message))
         side = self._sides[steps.side_of(message)]
         given, told = steps.read_step(message, side.staging)
         given.adapter_loads = [(index, self._adapter(number)) for index, number in told.adapters]
@@ -282,8 +314,7 @@ class FollowingExecutor(RankedExecutor):
 
     def _read_adapters(self) -> None:
         """What rank 0 reads, at the same time."""
-        beside = self._group.ring.beside
-        assert beside is not None
+        beside = self._group.ring.beside[ADAPTERS]
         try:
             while True:
                 words = steps.read_words(beside.receive())
@@ -298,6 +329,25 @@ class FollowingExecutor(RankedExecutor):
         except BaseException as error:
             self._group.fail(f"rank {self._group.rank} failed at an adapter: {type(error).__name__}: {error}")
             raise
+
+    def _carry_pages(self) -> None:
+        def wait(count: int) -> None:
+            with self._has_cleansed:
+                self._has_cleansed.wait_for(lambda: self._num_cleansed >= count)
+
+        def aside(open_own: Open) -> DevicePages | None:
+            with self.layer.aside():
+                return open_own()
+
+        kinds = {OF_PAGES: self._own_pages, OF_STATES: self._own_states}
+        opening: dict[str, Open] = {kind: functools.partial(aside, own) for kind, own in kinds.items()}
+        try:
+            CarryingRank(self._group.ring.beside[PAGES], opening, wait).follow()
+        except RanksEndedError:
+            pass
+        except BaseException as error:
+            what = " ".join(str(error).split())[:300]
+            self._group.fail(f"rank {self._group.rank} failed as pages were copied: {type(error).__name__}: {what}")
 
     def _adapter(self, number: int) -> PinnedWeights | None:
         if not number:
@@ -320,8 +370,12 @@ class FollowingExecutor(RankedExecutor):
         for each, _ in self._running:
             self._check(each)
 
+    def _finish_but(self, count: int) -> None:
+        """The oldest steps, so that so many are left."""
+        while len(self._running) > count:
+            self._finish_oldest()
+
     def _finish_oldest(self) -> None:
-        """The oldest step."""
         handle, _ = self._running.popleft()
         with self.layer.may_block():
             self.layer.synchronize(handle.side.done)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.config import StartupError
-from engine.distributed.ring import Ring
+from engine.distributed.ring import ADAPTERS, Ring
 from engine.ops.device_parallel import Collectives, DeviceGroup
 from engine.ops.ranks import RanksEndedError
 
@@ -39,9 +39,8 @@ class RankedGroup(DeviceGroup):
 
     def beside(self, value: Any) -> list[Any]:
         """See RankGroup."""
-        assert self.ring.beside is not None
         try:
-            return self.ring.beside.exchange(value)
+            return self.ring.beside[ADAPTERS].exchange(value)
         except RanksEndedError:
             raise StartupError(self.why()) from None
 

@@ -21,7 +21,7 @@ from engine.config import (
     SpeculationOptions,
     StartupError,
 )
-from engine.ops.ranks import Layout, Ranks, RanksEndedError
+from engine.ops.ranks import RanksEndedError
 
 logger = logging.getLogger("oneloop.ranks")
 
@@ -37,18 +37,16 @@ def config_of(job: dict[str, Any]) -> EngineConfig:
         lora=LoraOptions(**job["lora"]),
         speculation=SpeculationOptions(**job["speculation"]),
         device="cuda",
-        tensor_parallel_size=job["layout"]["size"],
+        tensor_parallel_size=job["size"],
         expert_parallel=job["expert_parallel"],
     )
 
 
 def serve(job: dict[str, Any]) -> int:
     """Until the group ends; the process's exit status. What goes wrong is told to rank 0, which says it."""
-    from engine.distributed.ring import Ring
+    from engine.distributed.ring import open_rings
 
-    layout = Layout(**job["layout"])
-    file, beside = (Ranks(job[name], layout, job["rank"]) for name in ("file", "beside"))
-    ring = Ring(file, Ring(beside))
+    ring = open_rings(job["files"], job["rank"], job["size"])
     try:
         _serve(job, ring)
     except RanksEndedError:
@@ -73,7 +71,7 @@ def _serve(job: dict[str, Any], ring: Any) -> None:
     from engine.report import StartupReport
 
     layer, collectives = None, None
-    rank, size, config = job["rank"], job["layout"]["size"], config_of(job)
+    rank, size, config = job["rank"], job["size"], config_of(job)
     ring.exchange(None)  # all are there
     if job["stand_in"] is None:
         torch.cuda.set_device(rank)

@@ -25,7 +25,7 @@ from engine.distributed.collectives import TorchCollectives
 from engine.distributed.device_executor import LeadingExecutor
 from engine.distributed.device_group import RankedGroup
 from engine.distributed.members import Members
-from engine.distributed.ring import Ring, layout_of
+from engine.distributed.ring import Ring, layouts_of, open_rings
 from engine.executor import cuda_start
 from engine.executor.start import Start
 from engine.models.loading.slices import FLAG, refuse
@@ -48,14 +48,12 @@ def start(given: Start, stand_in: str | None = None) -> LeadingExecutor:
     if (why := _obstacle(given, stand_in)) is not None:
         raise StartupError(why)
     config, size = given.config, given.config.tensor_parallel_size
-    layout = layout_of(size)
-    files = [Ranks.make_file(layout) for _ in range(2)]
+    files = [Ranks.make_file(layout) for layout in layouts_of(size)]
     folder = Path(tempfile.mkdtemp(prefix="oneloop-ranks-"))
     try:
         job = _job(config, given) | {"meeting": str(folder / "meeting"), "stand_in": stand_in}
-        job |= {"layout": dataclasses.asdict(layout), "file": files[0], "beside": files[1]}
-        ring, beside = (Ranks(file, layout, 0) for file in files)
-        return _Leader(given, Ring(ring, Ring(beside)), job).start()
+        job |= {"size": size, "files": files}
+        return _Leader(given, open_rings(files, 0, size), job).start()
     finally:
         for file in files:
             os.close(file)  # mapped by now, and inherited
@@ -115,7 +113,7 @@ class _Leader:
         self._done = threading.Event()
         self._closed = False
         jobs = [{**job, "rank": rank} for rank in range(1, ring.size)]
-        self._members = Members(jobs, (job["file"], job["beside"]), self._gone)
+        self._members = Members(jobs, tuple(job["files"]), self._gone)
 
     def start(self) -> LeadingExecutor:
         try:

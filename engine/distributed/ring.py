@@ -26,20 +26,36 @@ HEAD = 16
 Bytes = npt.NDArray[np.uint8]
 
 
-def layout_of(size: int) -> Layout:
-    """Of the shared memory: sums are the devices'."""
-    return Layout(size, PLACE_BYTES, SECTION_BYTES, slot=4096)
+# Of the sections where pages lie between two devices, which take memory where they are touched; and where in these.
+CARRIED_BYTES = 1 << 28
+DATA_AT = 1 << 16
+# Rings beside the steps', for threads of their own.
+ADAPTERS, PAGES = 0, 1
+
+
+def layouts_of(size: int) -> list[Layout]:
+    """Of the shared memory of each ring, the steps' first: sums are the devices'."""
+    sections = SECTION_BYTES, SECTION_BYTES, CARRIED_BYTES
+    return [Layout(size, PLACE_BYTES, section, slot=4096) for section in sections]
+
+
+def open_rings(files: Sequence[int], rank: int, size: int) -> Ring:
+    """A rank's end of all of them, of which it is told by the steps'."""
+    first, *beside = (Ring(Ranks(f, layout, rank)) for f, layout in zip(files, layouts_of(size), strict=True))
+    first.beside = tuple(beside)
+    return first
 
 
 class Ring:
     """One process's end. Used by one thread at a time, in every rank for the same things in the same order; `end` by
     any. All of it raises RanksEndedError once the group is over.
 
-    beside: another, for other threads, which is over when this one is.
+    beside: others, for other threads, which are over when this one is.
     """
 
-    def __init__(self, ranks: Ranks, beside: Ring | None = None) -> None:
-        self.ranks, self.beside = ranks, beside
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.beside: tuple[Ring, ...] = ()
         self.rank, self.size = ranks.rank, ranks.size
         # Messages for whose reading rank 0 has waited, or will wait next.
         self._settled = 0
@@ -111,8 +127,8 @@ class Ring:
             last[HEAD : HEAD + len(text)] = np.frombuffer(text, np.uint8)
             last[:HEAD].view(np.int64)[0] = len(text)
         self.ranks.end()
-        if self.beside is not None:
-            self.beside.end()
+        for each in self.beside:
+            each.end()
 
     def last_word(self) -> str | None:
         """Why some rank has ended it, where it said so."""

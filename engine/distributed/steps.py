@@ -17,7 +17,7 @@ import orjson
 from engine.forward import ForwardInput, PooledRow, RowExtras, Staging, TokenMasks
 from engine.request import Pooling
 
-STEP, MASKS, CAPTURE, COMMAND, DROP = 1, 2, 3, 4, 5
+STEP, MASKS, CAPTURE, COMMAND, DROP, CLEANSE = 1, 2, 3, 4, 5, 6
 WORDS = 14
 
 Bytes = npt.NDArray[np.uint8]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from engine.config import StartupError
-from engine.executor.base import StepHandle
+from engine.executor.base import DeviceMemory, StepHandle
 from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
@@ -255,8 +255,15 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
             except Exception as error:
                 self._judge(error)
 
-    def page_memory(self) -> DevicePages:
+    def page_memory(self) -> DeviceMemory:
         """See Executor."""
+        return self._own_pages()
+
+    def state_memory(self) -> DeviceMemory | None:
+        """See Executor."""
+        return self._own_states()
+
+    def _own_pages(self) -> DevicePages:
         if self._drafter is not None:
             raise StartupError("drafts are made from keys and values of their own, which no other server has")
         buffers = [buffer.view(torch.uint8).flatten(1) for buffer in self.attention.buffers if buffer.shape[-1]]
@@ -266,8 +273,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         layout = f"cuda {LAYOUT_VERSION} {dtype} in {kv_dtype} page {self.limits.page_size}"
         return DevicePages(self._page_copier(), buffers, f"{layout}{name_of(self.limits.groups)}")
 
-    def state_memory(self) -> DevicePages | None:
-        """See Executor."""
+    def _own_states(self) -> DevicePages | None:
         if self._states is None:
             return None
         if not self.limits.num_snapshots:

@@ -23,7 +23,7 @@ from torch import Tensor
 from engine.config import CacheOptions
 from engine.distributed.device_executor import FollowingExecutor, LeadingExecutor
 from engine.distributed.device_group import RankedGroup
-from engine.distributed.ring import Ring, layout_of
+from engine.distributed.ring import layouts_of, open_rings
 from engine.executor.cuda_start import Ranked, build_cuda_encoder, build_cuda_executor, read_together
 from engine.forward import Limits
 from engine.models.loading.load import load_model
@@ -185,11 +185,9 @@ class Machine:
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
         bind_operations()
-        layout = layout_of(size)
-        files = [Ranks.make_file(layout) for _ in range(2)]
+        files = [Ranks.make_file(layout) for layout in layouts_of(size)]
         with mock.patch.object(native, "_disabled", 0):  # the rings are no part of the device
-            made = [[Ranks(file, layout, rank) for file in files] for rank in range(size)]
-        self.rings = [Ring(ranks, Ring(beside)) for ranks, beside in made]
+            self.rings = [open_rings(files, rank, size) for rank in range(size)]
         for file in files:
             os.close(file)
         self.devices: list[WorkingDevice] = [None] * size  # type: ignore[list-item]

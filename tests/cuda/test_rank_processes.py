@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +64,18 @@ def started(given: Start) -> Iterator[LeadingExecutor]:
         executor.close()
 
 
+def copied(executor: LeadingExecutor, size: int) -> None:
+    """Pages of all ranks, there and back; they are empty again afterwards."""
+    memory = executor.page_memory()
+    assert memory.layout.startswith(f"{size} ranks: ")
+    out, data = np.zeros((2, 2, memory.page_bytes), np.uint8)
+    data[:] = np.random.default_rng(size).integers(0, 100, data.shape)
+    memory.copy_in(np.array([9, 4], np.int32), data)
+    memory.copy_out(np.array([4, 9], np.int32), out)
+    assert np.array_equal(out, data[::-1])
+    memory.copy_in(np.array([9, 4], np.int32), np.zeros_like(data))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 async def test_the_tokens_of_one_process(size: int, tmp_path: Path) -> None:
     """Of two also with adapters, of four with drafts."""
@@ -73,6 +86,7 @@ async def test_the_tokens_of_one_process(size: int, tmp_path: Path) -> None:
     with started(given) as executor:
         pids = executor.rank_pids
         assert len(pids) == size - 1
+        await asyncio.to_thread(copied, executor, size)
         if size == 2:
             adapters = [None, *adapters_of("llama", executor, tmp_path)]
             requests = [dataclasses.replace(each, adapter=adapters[n % 4]) for n, each in enumerate(requests)]
