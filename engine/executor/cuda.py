@@ -11,6 +11,7 @@ import functools
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         self._offloaded: Offloaded | None = None
         self._weighed = Weighed()
         self._beside = threading.Condition()
+        self._carried = weakref.WeakSet()
 
     # ---- the protocol
 
@@ -271,7 +273,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
             raise StartupError("this model keeps no keys and values, or sleeps")
         dtype, kv_dtype = (str(one).removeprefix("torch.") for one in (self.attention.dtype, self.attention.kv_dtype))
         layout = f"cuda {LAYOUT_VERSION} {dtype} in {kv_dtype} page {self.limits.page_size}"
-        return DevicePages(self._page_copier(), buffers, f"{layout}{name_of(self.limits.groups)}")
+        return self._handed_out(buffers, f"{layout}{name_of(self.limits.groups)}")
 
     def _own_states(self) -> DevicePages | None:
         if self._states is None:
@@ -279,7 +281,12 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         if not self.limits.num_snapshots:
             raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
         layout = f"cuda state {LAYOUT_VERSION} {str(self.attention.dtype).removeprefix('torch.')}"
-        return DevicePages(self._page_copier(), [self._states.snapshots], layout)
+        return self._handed_out([self._states.snapshots], layout)
+
+    def _handed_out(self, parts: Sequence[torch.Tensor], layout: str) -> DevicePages:
+        memory = DevicePages(self._page_copier(), parts, layout)
+        self._carried.add(memory)
+        return memory
 
     def _page_copier(self) -> PageCopier:
         if self._copier is None:

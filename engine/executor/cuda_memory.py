@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from engine.config import StartupError
 from engine.executor.cuda_capture import Captures
 from engine.executor.cuda_drafter import DeviceDrafter
+from engine.executor.cuda_pages import DevicePages
 from engine.forward import PARTS
 from engine.models.offload import Offloaded, Weighed
 from engine.models.parts.decoder import CausalLM
@@ -28,6 +30,8 @@ class MovingMemory(Captures):
     _beside: threading.Condition
     _num_reading = 0
     _weighed: Weighed
+    # What was handed out of pages and states; those that are of no use any more with the rest.
+    _carried: weakref.WeakSet[DevicePages]
 
     @property
     def page_bytes(self) -> int:
@@ -109,7 +113,10 @@ class MovingMemory(Captures):
             raise
 
     def _release_memory(self) -> None:
-        """Of pages and of recurrent states."""
+        """Of pages and of recurrent states, whoever carries them elsewhere."""
+        for carried in self._carried:
+            carried.release()
+        self._carried.clear()
         self.attention.release()
         if self._drafter is not None:
             self._drafter.release()

@@ -66,6 +66,10 @@ class DevicePages:
         whole = self._batch.view(word)
         self._pieces = [whole[:, start:end] for start, end in itertools.pairwise(starts)]
 
+    def release(self) -> None:
+        """The memory is given back: nothing here holds it, and nothing can be copied any more."""
+        self._parts, self._pieces = [], []
+
     def rows(self, count: int) -> Rows:
         """See DeviceMemory."""
         try:

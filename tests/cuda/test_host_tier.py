@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.config import EngineConfig, StartupError, TierOptions
 from engine.engine import Engine
@@ -150,12 +151,19 @@ async def test_the_disk_alone(tmp_path: Path) -> None:
             assert worker.num_bytes_written > 0 if not again else (worker.num_bytes_read and tally.hit_tokens > 60)
 
 
+def storages_of(*executors: CUDAExecutor) -> list[StorageWeakRef]:
+    """Of their pages, which nobody else may hold on to while they sleep."""
+    return [StorageWeakRef(each.untyped_storage()) for one in executors for each in one.attention.buffers]
+
+
 async def test_host_memory_outlives_sleep() -> None:
     executor = executor_of("full", FakeDevice(7))
     request = ask(0, prompts(7, 1)[0])
     async with running(executor) as engine:
         first = await answers(engine, [request])
+        held = storages_of(executor)
         await engine.sleep(1)
+        assert held and all(each.expired() for each in held)
         await engine.wake_up()
         assert await answers(engine, [dataclasses.replace(request, request_id="again")]) == first
         assert engine.tier is not None and engine.tier.tally.hit_tokens == 36

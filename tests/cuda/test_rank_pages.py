@@ -83,7 +83,9 @@ async def test_what_left_the_devices_comes_back(kind: str, monkeypatch: pytest.M
             assert engine.tier is not None and engine.tier.tally.hit_tokens > 30
             assert not engine.tier.tally.failures.keys() - {"room", "busy"}
             if kind == "full":
+                held = test_host_tier.storages_of(*made.executors)
                 await engine.sleep(1)
+                assert held and all(each.expired() for each in held)
                 await engine.wake_up()
                 assert await answers(engine, requests[:1], 1) == given[:1]
 
