@@ -319,6 +319,7 @@ class Engine(Resting):
                         batch.recorded = began, scheduled, at, scheduler.num_running, scheduler.num_waiting
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
+                        await self._masks.provided()
                         if stages is not None:
                             stages.waited = now()
                 elif stages is not None:
@@ -393,6 +394,7 @@ class Engine(Resting):
         if stages is not None:
             stages.published(done, handle, arrived, committed, self._progress_at, failed)
         self.admission.observe(self._progress_at)
+        await self._masks.provided()
 
     def give_up(self) -> None:
         """The device hangs: end every stream, and let `run` raise StalledError."""

@@ -1,15 +1,20 @@
 """GrammarMasks: what the constrained rows of a step may sample, told as late as can be: once all before it is known.
 
-Owned by the Engine, on the loop thread. A grammar that leaves no choice forces its tokens on the sequence here.
+Where a model drafts on the device that is, of rows with drafts, as soon as these have been drafted: the forward that
+checks them runs meanwhile. Owned by the Engine, on the loop thread. A grammar that leaves no choice forces its tokens
+on the sequence here.
 """
 
 from __future__ import annotations
+
+from collections.abc import Awaitable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.executor.base import Executor, StepHandle
 from engine.failures import raise_fatal
+from engine.forward import Int32Array
 from engine.publisher import Publisher
 from engine.recorder import stretch
 from engine.request import FinishReason, TokenConstraint
@@ -19,18 +24,41 @@ from engine.scheduling.sequence import Sequence
 
 
 class GrammarMasks:
-    """`provide` is called once for every step, when it is the only one in flight."""
+    """`provide` is called once for every step, when it is the only one in flight; then `provided`, before there is
+    another."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._publisher = publisher
+        # What waits for drafts.
+        self._late: tuple[Batch, StepHandle, Awaitable[list[tuple[int, Int32Array]]]] | None = None
 
     def provide(self, batch: Batch, handle: StepHandle) -> None:
-        """Tell the only step in flight what its constrained rows may sample: all before it is committed now."""
-        masks = batch.forward_input.masks
-        if masks is None:
+        """Tell the only step in flight what its constrained rows may sample: all before it is committed now. It may be
+        told by `provided` alone."""
+        if batch.forward_input.masks is None:
             return
+        unseen = self._executor.unseen_drafts(handle) if batch.forward_input.num_speculating_rows else None
+        if unseen is None:
+            self._fill(batch, handle)
+        else:
+            self._late = batch, handle, unseen
+
+    async def provided(self) -> None:
+        """Wait for drafts that nobody was told of, if it takes any, and tell what may be sampled behind them."""
+        if self._late is None:
+            return
+        (batch, handle, unseen), self._late = self._late, None
+        speculation = self._scheduler.speculation
+        assert speculation is not None
+        for row, drafts in await unseen:
+            speculation.told(int(batch.slots[row]), drafts)
+        self._fill(batch, handle)
+
+    def _fill(self, batch: Batch, handle: StepHandle) -> None:
+        masks = batch.forward_input.masks
+        assert masks is not None
         with stretch("grammar", "masks", len(batch.constrained)):
             for row, sequence, bits in batch.mask_bits():
                 bits[1:].fill(0xFFFFFFFF)

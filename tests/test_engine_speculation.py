@@ -21,9 +21,11 @@ from tests.test_engine import EOS, MODEL, TOKENIZER, VOCAB, Alternating, ask, co
 
 
 @asynccontextmanager
-async def running(*, drafts: int, overlap: bool = True, accuracy: float = 0.9) -> AsyncIterator[Engine]:
+async def running(
+    *, drafts: int, overlap: bool = True, accuracy: float = 0.9, unseen: bool = False
+) -> AsyncIterator[Engine]:
     limits = Limits(8, 256, 256, 16, 256, VOCAB, max_draft_tokens=drafts)
-    executor = FakeExecutor(limits, MODEL, draft_accuracy=accuracy)
+    executor = FakeExecutor(limits, MODEL, draft_accuracy=accuracy, unseen_drafts=unseen)
     options = SchedulerOptions(max_num_seqs=8, max_num_batched_tokens=256, overlap=overlap)
     speculation = SpeculationOptions(method="ngram", num_draft_tokens=drafts, adaptive=False)
     config = EngineConfig(scheduler=options, speculation=speculation)
@@ -56,10 +58,10 @@ def requests() -> list[Request]:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("drafts", [1, 7])
-async def test_answers_are_those_without_drafts(overlap: bool, drafts: int) -> None:
+@pytest.mark.parametrize(("drafts", "unseen"), [(1, False), (7, False), (7, True)])
+async def test_answers_are_those_without_drafts(overlap: bool, drafts: int, unseen: bool) -> None:
     plain, _, _ = await answers(requests(), drafts=0, overlap=overlap)
-    drafted, streams, engine = await answers(requests(), drafts=drafts, overlap=overlap)
+    drafted, streams, engine = await answers(requests(), drafts=drafts, overlap=overlap, unseen=unseen)
     for request, one, other in zip(requests(), plain, drafted, strict=True):
         failed = one.finish_reason is FinishReason.ERROR
         assert other.finish_reason is one.finish_reason and other.error == one.error, request.request_id
@@ -90,13 +92,14 @@ class UntilAFifth(Alternating):
         return bool(self.seen) and self.seen[-1] % 5 == 0
 
 
+@pytest.mark.parametrize("unseen", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-async def test_a_draft_that_would_end_a_grammar_and_is_wrong_ends_nothing(overlap: bool) -> None:
+async def test_a_draft_that_would_end_a_grammar_and_is_wrong_ends_nothing(overlap: bool, unseen: bool) -> None:
     def bound() -> list[Request]:
         return [dataclasses.replace(ask(f"r{i}", [i, 2], max_tokens=30), constraint=UntilAFifth(99)) for i in range(24)]
 
     plain, _, _ = await answers(bound(), drafts=0, overlap=overlap)
-    drafted, _, engine = await answers(bound(), drafts=3, overlap=overlap, accuracy=0.5)
+    drafted, _, engine = await answers(bound(), drafts=3, overlap=overlap, accuracy=0.5, unseen=unseen)
     assert engine.scheduler.speculation is not None and engine.scheduler.speculation.num_draft_tokens > 24
     for one, other in zip(plain, drafted, strict=True):
         assert other.finish_reason is one.finish_reason and other.token_ids == one.token_ids, other.error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -83,6 +83,11 @@ class Executor(Protocol):
 
     def submit(self, forward_input: ForwardInput) -> StepHandle:
         """Launch a step. Never blocks, never raises for what happens on the device. Loop thread only."""
+        ...
+
+    def unseen_drafts(self, handle: StepHandle) -> Awaitable[list[tuple[int, Int32Array]]] | None:
+        """(row, drafts) of this step's speculating rows under a grammar whose drafts nobody was told of before: their
+        masks are made for them. None: there are no such rows. All steps before it have ended."""
         ...
 
     def provide_masks(self, handle: StepHandle) -> None:

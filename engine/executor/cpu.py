@@ -207,6 +207,9 @@ class CPUExecutor:
         assert handle.output is not None
         return handle.output
 
+    def unseen_drafts(self, handle: StepHandle) -> None:
+        """See Executor: what is drafted for rows under a grammar is told at the end of the step before."""
+
     def provide_masks(self, handle: StepHandle) -> None:
         """Nothing to do: the worker waits on the masks themselves."""
 

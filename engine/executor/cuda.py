@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_pages import LAYOUT_VERSION, DevicePages, PageCopier
 from engine.executor.cuda_waiter import Waiter
-from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
+from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Int32Array, Limits
 from engine.groups import name_of
 from engine.lora.reader import AddUp
 from engine.lora.words import AdapterError, AdapterWeights
@@ -150,6 +150,19 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                 self._finish(handle.side, handle)
             except Exception as error:
                 handle.error = self._judge(error)
+
+    def unseen_drafts(self, handle: StepHandle) -> Awaitable[list[tuple[int, Int32Array]]] | None:
+        """See Executor."""
+        assert isinstance(handle, CudaHandle)
+        return None if handle.early is None or handle.error is not None else self._see_drafts(handle)
+
+    async def _see_drafts(self, handle: CudaHandle) -> list[tuple[int, Int32Array]]:
+        try:
+            if self._lost is None and not self.layer.is_done(handle.side.told):
+                await self._waiter.wait(handle.side.told)
+        except Exception as error:
+            self._lose(error)
+        return [] if self._lost is not None else self._drafts_seen(handle)
 
     def provide_masks(self, handle: StepHandle) -> None:
         """See `Executor.provide_masks`."""

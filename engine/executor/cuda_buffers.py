@@ -58,6 +58,7 @@ class CudaHandle:
     given: the step, where rows may speculate; drafted: what became of it, where some do; positions: what is sampled
     then, by rows of the step as it was given, which masks are for.
     reading: what a draft model does before it; told: by row on the device, the drafts that it made, once they are here.
+    early: those drafts on the host, of each spot of the reading, as soon as side.told is done.
     draw: set while its sampling waits for masks. downloads: (to, from) beside the tokens; readers: what puts them into
     the output.
     """
@@ -74,6 +75,7 @@ class CudaHandle:
     positions: Positions | None = None
     reading: Any = None
     told: dict[int, int] = field(default_factory=dict)
+    early: Int32Array | None = None
     draw: Callable[[], None] | None = None
     keep: list[Tensor] = field(default_factory=list)
     downloads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -149,6 +151,8 @@ class Side:
         self.result_host = layer.pinned(4 * rows).view(torch.int32)
         self.result: Int32Array = self.result_host.numpy()
         self.uploaded, self.computed, self.done = layer.event(), layer.event(), layer.event()
+        # Of drafts that the host must know before the step has ended.
+        self.drafted, self.told = layer.event(), layer.event()
 
     @property
     def has_drafts(self) -> bool:

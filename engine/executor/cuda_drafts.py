@@ -166,6 +166,17 @@ class DraftSteps(DeviceState):
         sampled = np.flatnonzero(flat.row_samples[:num_rows])
         return flattened, Drafted(step, sampled_positions(step), sampled, row, shift)
 
+    @staticmethod
+    def _drafts_seen(handle: CudaHandle) -> list[tuple[int, Int32Array]]:
+        """(row, drafts) of a step's rows under a grammar that a model has drafted for, which are on the host now."""
+        drafted, given, early = handle.drafted, handle.given, handle.early
+        assert drafted is not None and given is not None and given.masks is not None and early is not None
+        of_rows: dict[int, list[int]] = {}
+        for (row, _, _), token in zip(handle.reading.spots, early.tolist(), strict=True):
+            of_rows.setdefault(int(drafted.rows[row]), []).append(token)
+        constrained = set(given.masks.rows.tolist())
+        return [(row, np.array(drafts, np.int32)) for row, drafts in of_rows.items() if row in constrained]
+
     # ---- after it
 
     def _follow(self, handle: CudaHandle, output: ForwardOutput) -> None:
@@ -202,10 +213,7 @@ class DraftSteps(DeviceState):
             self._settle_lengths(speculator, slots)
         found = np.array([speculator.num_drafts(slot) > 0 for slot in slots.tolist()], np.bool_)
         if self._drafter is not None:
-            drafting = self._drafter.has_drafts(slots)
-            if given.masks is not None:  # the host must see what it makes masks for
-                drafting[given.masks.rows] = False
-            found |= drafting
+            found |= self._drafter.has_drafts(slots)
         sampled = given.staging.row_samples[: given.num_rows]
         patience = np.where(found, PATIENCE, np.maximum(self._patience[slots] - sampled, 0))
         # Nothing was looked for: if such a row may have drafts all the same, that is tried.

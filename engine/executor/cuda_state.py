@@ -233,13 +233,30 @@ class DeviceState:
             for array, part in zip(arrays, parts, strict=True)
         ]
 
-    def _bring(self, handle: CudaHandle, source: Tensor, read: Callable[[ForwardOutput, Int32Array], object]) -> None:
-        """Download int32 [n, k] with the step's tokens and let `read` put it into the output."""
-        host = self.layer.pinned(4 * source.numel()).view(torch.int32).view(source.shape)
+    def _bring(
+        self,
+        handle: CudaHandle,
+        source: Tensor,
+        read: Callable[[ForwardOutput, Int32Array], object],
+        *,
+        early: bool = False,
+    ) -> Int32Array:
+        """Download int32 [n, k] with the step's tokens and let `read` put it into the output. early: now, until
+        side.told; called on the compute stream. Returns where it comes to."""
+        layer, side = self.layer, handle.side
+        host = layer.pinned(4 * source.numel()).view(torch.int32).view(source.shape)
         handle.keep += [source, host]
-        handle.downloads.append((host, source))
+        if early:
+            layer.record(side.drafted)
+            with layer.on(self._download):
+                layer.wait(side.drafted)
+                layer.download(host, source)
+                layer.record(side.told)
+        else:
+            handle.downloads.append((host, source))
         array: Int32Array = host.numpy()
         handle.readers.append(lambda output: read(output, array))
+        return array
 
     def _ask_for_aux(self, model: Any) -> None:
         """What drafts goes on from this model, and may want to see what some layers read."""
@@ -280,7 +297,10 @@ class DeviceState:
             def tell(output: ForwardOutput, host: Int32Array) -> None:
                 handle.told = dict(zip(rows, host[:, 0].tolist(), strict=True))
 
-            self._bring(handle, found[:, None], tell)
+            is_early = handle.given is not None and handle.given.masks is not None
+            host = self._bring(handle, found[:, None], tell, early=is_early)
+            if is_early:  # masks are made behind them while the step runs
+                handle.early = host[:, 0]
 
     # ---- errors
 

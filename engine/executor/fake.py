@@ -13,7 +13,7 @@ import asyncio
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -101,7 +101,8 @@ class FakeExecutor:
     step_seconds: what the device takes for a step; `wait` really waits. 0 resolves at once, without a sleep.
     compute: False returns `constant_token` for every row that samples and looks at nothing (for benches); half of the
     drafts that a row may have are right then.
-    draft_accuracy: how many of the drafts are right, where limits.max_draft_tokens lets rows speculate.
+    draft_accuracy: how many of the drafts are right, where limits.max_draft_tokens lets rows speculate. unseen_drafts:
+    those of rows under a grammar are told no sooner than their step has begun.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class FakeExecutor:
         compute: bool = True,
         constant_token: int = 1,
         draft_accuracy: float = 0.7,
+        unseen_drafts: bool = False,
     ) -> None:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
@@ -130,7 +132,7 @@ class FakeExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
-        self._drafter = Drafter(self.model.vocab_size, limits.max_draft_tokens, draft_accuracy)
+        self._drafter = Drafter(self.model.vocab_size, limits.max_draft_tokens, draft_accuracy, unseen_drafts)
         self._fail_on = fail_on
         self._random = random
         self._eagerness = eagerness if random is not None else 0.0
@@ -183,6 +185,11 @@ class FakeExecutor:
             while self._not_run and self._random.random() < self._eagerness and _may_run(self._not_run[0]):
                 self._run(self._not_run.popleft())
         return handle
+
+    def unseen_drafts(self, handle: StepHandle) -> Awaitable[list[tuple[int, Int32Array]]] | None:
+        """See Executor."""
+        assert isinstance(handle, FakeHandle) and self._not_waited[0] is handle, "a step before it has not ended"
+        return self._drafter.tell(handle.forward_input) if self._drafter.unseen else None
 
     def provide_masks(self, handle: StepHandle) -> None:
         """See `Executor.provide_masks`; a step that needs them has not run yet."""
@@ -383,8 +390,9 @@ class FakeExecutor:
             drafts = drafter.sampled(slot, self._last_position[slot] - len(tokens) + 1, tokens)
             if first <= row < first + count:
                 assert result.accepted is not None
-                result.accepted.drafts[row - first, : len(drafts)] = drafts
-            elif row >= first:
+                if not drafter.hides(forward_input, row):
+                    result.accepted.drafts[row - first, : len(drafts)] = drafts
+            elif row >= first and not drafter.hides(forward_input, row):
                 result.new_drafts.append((row, np.array(drafts, np.int32)))
 
     def _forward(

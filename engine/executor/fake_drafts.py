@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.executor.fake_memory import MASK, POSITION, ROUND, mix_int
-from engine.forward import Accepted, ForwardInput, RowSpeculation
+from engine.forward import Accepted, ForwardInput, Int32Array, RowSpeculation
 
 
 class Oracle(Protocol):
@@ -123,9 +123,11 @@ def accept(drafts: list[list[int]], sampled: list[list[int]], most: int) -> tupl
 
 
 class Drafter:
-    """The drafts that each slot's next row brings, in `held`. accuracy: how many of them are right."""
+    """The drafts that each slot's next row brings, in `held`. accuracy: how many of them are right. unseen: those of
+    rows under a grammar are told by `tell` alone."""
 
-    def __init__(self, vocab_size: int, most: int, accuracy: float) -> None:
+    def __init__(self, vocab_size: int, most: int, accuracy: float, unseen: bool) -> None:
+        self.unseen = unseen
         self.held: dict[int, list[int]] = {}
         self._vocab_size, self._most, self._accuracy = vocab_size, most, accuracy
         self._fresh: dict[int, Oracle] = {}
@@ -147,6 +149,19 @@ class Drafter:
 
     def speculates(self, slot: int) -> bool:
         return slot in self._fresh
+
+    def hides(self, step: ForwardInput, row: int) -> bool:
+        """Whether what is drafted behind a row is not told at the end of its step."""
+        return self.unseen and step.masks is not None and row in step.masks.rows
+
+    async def tell(self, step: ForwardInput) -> list[tuple[int, Int32Array]]:
+        """See Executor.unseen_drafts, of a step that has not run yet."""
+        assert step.masks is not None
+        first, staging = step.num_decode_rows, step.staging
+        last = first + step.num_speculating_rows
+        rows = [row for row in dict.fromkeys(step.masks.rows.tolist()) if first <= row < last]
+        held = [self.held.get(int(staging.row_slot[row]), [])[: int(staging.row_len[row]) - 1] for row in rows]
+        return [(row, np.array(drafts, np.int32)) for row, drafts in zip(rows, held, strict=True)]
 
     def chunk(self, slot: int, start: int, tokens: list[int]) -> None:
         """Known tokens were computed; whatever was sampled from their first place on means nothing."""

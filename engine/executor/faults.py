@@ -12,7 +12,7 @@ token `token` is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Awaitable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 
 from engine.config import StartupError
 from engine.executor.base import Executor, PageMemory, StepHandle
-from engine.forward import PARTS, DeviceLostError, ForwardError, ForwardInput, ForwardOutput
+from engine.forward import PARTS, DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array
 
 KINDS = ("slow", "hang", "raise", "oom", "nan", "corrupt", "lost")
 _SETTINGS = {"p": float, "s": float, "step": int, "token": int}
@@ -114,6 +114,10 @@ class FaultyExecutor:
         for kind, count in self.num_injected.items():
             family.add_metric([kind], count)
         yield family
+
+    def unseen_drafts(self, handle: StepHandle) -> Awaitable[list[tuple[int, Int32Array]]] | None:
+        """See Executor."""
+        return self.inner.unseen_drafts(handle)
 
     def provide_masks(self, handle: StepHandle) -> None:
         """See Executor."""

@@ -188,13 +188,14 @@ class Speculator:
             self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
 
     def _draft_late(self, step: ForwardInput, room: int | None) -> None:
-        """For rows that have room and no drafts, where nobody must have seen them before. room: see `as_it_runs`."""
+        """For rows that have room and no drafts, where nobody must have seen them before: of what is drafted on the
+        device the host sees them as the step runs. room: see `as_it_runs`."""
         if self._late is None:
             return
         left = step.num_tokens if room is None else room
         staging, first = step.staging, step.num_decode_rows
         rows = np.arange(first, first + step.num_speculating_rows)
-        if step.masks is not None:
+        if step.masks is not None and not self._on_device:
             rows = rows[~np.isin(rows, step.masks.rows)]
         most = {}
         for slot, count in zip(staging.row_slot[rows].tolist(), staging.row_len[rows].tolist(), strict=True):

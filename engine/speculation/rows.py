@@ -64,6 +64,11 @@ class Speculation:
         """The drafts that the host was told of are not the next row's."""
         self._drafts[slot] = -1
 
+    def told(self, slot: int, drafts: Int32Array) -> None:
+        """What the executor holds for its next row."""
+        self._drafts[slot] = -1
+        self._drafts[slot, : len(drafts)] = drafts
+
     def drafts_of(self, slot: int, most: int) -> list[int]:
         """The first of those that the next row brings."""
         drafts: list[int] = self._drafts[slot, :most].tolist()
@@ -155,5 +160,4 @@ class Speculation:
         for row, drafts in output.new_drafts:
             slot = int(batch.slots[row])
             if self._table.live[slot]:
-                self._drafts[slot] = -1
-                self._drafts[slot, : len(drafts)] = drafts
+                self.told(slot, drafts)

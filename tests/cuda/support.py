@@ -36,6 +36,7 @@ from engine.ops.sampling.sampler import sample
 from engine.ops.state import StatePlan, States
 from engine.request import Pooling, Request, SamplingParams
 from engine.speculation.base import Proposer
+from engine.stream import Delta
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
 from tests.sim.workload import Runs
@@ -398,19 +399,30 @@ async def serve(
     speculation: SpeculationOptions = NO_DRAFTS,
 ) -> list[list[int]]:
     """The tokens of every request, through the real engine. Raises what ended the engine."""
+    return [delta.token_ids for delta in await answers_of(executor, requests, overlap=overlap, speculation=speculation)]
+
+
+async def answers_of(
+    executor: CUDAExecutor,
+    requests: list[Request],
+    *,
+    overlap: bool = True,
+    speculation: SpeculationOptions = NO_DRAFTS,
+) -> list[Delta]:
+    """The whole answers, each in one piece."""
     scheduler, stream = SchedulerOptions(overlap=overlap), StreamOptions(flush_interval_ms=0.0)
     config = EngineConfig(scheduler=scheduler, stream=stream, speculation=speculation)
     engine = Engine(config, executor, None)
     loop_task = asyncio.create_task(engine.run())
 
-    async def tokens_of(request: Request) -> list[int]:
-        tokens: list[int] = []
+    async def answer_to(request: Request) -> Delta:
+        whole = Delta()
         async with engine.submit(request) as stream:
             async for delta in stream:
-                tokens += delta.token_ids
-        return tokens
+                whole.merge(delta)
+        return whole
 
-    asking = asyncio.gather(*(tokens_of(request) for request in requests))
+    asking = asyncio.gather(*(answer_to(request) for request in requests))
     try:
         await asyncio.wait([asking, loop_task], return_when=asyncio.FIRST_COMPLETED)
         if loop_task.done():

@@ -121,7 +121,7 @@ class ModelScript(DeviceScript):
 
 @pytest.mark.parametrize(("attention", "most", "depth"), [("torch", 4, 2), ("xqa", 8, 1), ("wrapper", 3, 2)])
 async def test_everything_that_may_be_asked_for(attention: str, most: int, depth: int) -> None:
-    """Rows under a grammar go without, as the host must see drafts for which it makes masks."""
+    """The grammar here looks at no draft: one that does is in test_draft_grammars.py."""
     answers = await plain()
     script = ModelScript(model_of(), torch.float32, None, most, depth, attention=attention, seed=most)
     found = await script.run(list(range(len(PROBES))))

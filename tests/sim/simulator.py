@@ -8,6 +8,7 @@ ticks they look at. Repeated by the command, a run is checked after every tick.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections import deque
@@ -161,6 +162,7 @@ class Simulator:
             random=Random(f"device {seed}"),
             eagerness=options.eagerness,
             draft_accuracy=options.draft_accuracy,
+            unseen_drafts=options.unseen_drafts,
         )
         if options.spoil_rate:
             faults = [Fault(kind, options.spoil_rate) for kind in ("nan", "corrupt")]
@@ -299,7 +301,7 @@ class Simulator:
                 self.members[batch.forward_input.step] = batch, list(owners.values())
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
-                self.masks.provide(batch, self.in_flight[0].handle)
+                self._provide()
             if leaving:
                 self._leave()
             for carrier in self._carriers:
@@ -311,8 +313,14 @@ class Simulator:
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
             if self.in_flight:
-                self.masks.provide(self.in_flight[0].batch, self.in_flight[0].handle)
+                self._provide()
         self.check()
+
+    def _provide(self) -> None:
+        """The masks of the only step in flight. What is awaited is there at once."""
+        self.masks.provide(self.in_flight[0].batch, self.in_flight[0].handle)
+        with contextlib.suppress(StopIteration):
+            self.masks.provided().send(None)
 
     def _holds_culprit(self, batch: Batch, members: list[Sequence]) -> bool:
         """As the step runs: then the device knows how far a row that speculates goes."""

@@ -673,8 +673,16 @@ MUTANTS = [
         "table.constrained[slots] & (most > 0)", "False", DRAFTED_RUNS | {"budgets": "random", "jump_ahead": False},
     ),
     Mutant(
-        "the drafts of a prompt's end are not told", Speculation, "ended",
+        "the drafts of a prompt's end are not told", Speculation, "told",
         ": len(drafts)] = drafts", ": len(drafts)] = -1", DRAFTED_RUNS,
+    ),
+    Mutant(
+        "unseen drafts are not told", GrammarMasks, "provided", "speculation.told(int(batch.slots[row]), drafts)",
+        "pass", DRAFTED_RUNS | {"unseen_drafts": True},
+    ),
+    Mutant(
+        "unseen drafts are another's", GrammarMasks, "provided", "int(batch.slots[row])", "int(batch.slots[0])",
+        DRAFTED_RUNS | {"unseen_drafts": True},
     ),
     Mutant(
         "stale drafts stand before a grammar", Speculation, "accept", "= accepted.drafts[wanted]",

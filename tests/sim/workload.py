@@ -75,6 +75,8 @@ class Options:
     max_draft_tokens: int = 0
     draft_accuracy: float = 0.5
     budgets: str = "all"
+    # Those of rows under a grammar are seen when their step has begun, not before.
+    unseen_drafts: bool = False
     max_adapters: int = 0
     adapter_rate: float = 0.0
     reload_rate: float = 0.0
@@ -288,6 +290,7 @@ def draw_options(seed: int) -> Options:
         max_draft_tokens=Random(f"drafts {seed}").choice([0, 0, 1, 2, 3, 5, 12]),
         draft_accuracy=Random(f"accuracy {seed}").choice([0.0, 0.5, 0.8, 0.95, 1.0]),
         budgets=Random(f"budgets {seed}").choice(BUDGETS),
+        unseen_drafts=Random(f"unseen {seed}").random() < 0.5,
         max_adapters=adapters.choice([0, 0, 0, 1, 2, 3]),
         adapter_rate=adapters.choice([0.3, 0.8, 1.0]),
         reload_rate=adapters.choice([0.0, 0.05, 0.2]),
