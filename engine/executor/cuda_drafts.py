@@ -23,8 +23,6 @@ from engine.forward import (
     ForwardInput,
     ForwardOutput,
     Int32Array,
-    RowExtras,
-    RowSpeculation,
     StepLogprobs,
 )
 from engine.speculation.base import Proposer
@@ -106,7 +104,7 @@ class DraftSteps(DeviceState):
             return given
         handle.given = given
         if drafter is not None:
-            drafter.begin(given, [each.slot for each in self._told(given)])
+            drafter.begin(given, [each.slot for each in given.speculations])
         if not given.num_speculating_rows:
             self._note_lengths(given)
             handle.reading = None if drafter is None else drafter.lay_out(given, given)
@@ -248,22 +246,9 @@ class DraftSteps(DeviceState):
 
     def _learn(self, speculator: Speculator, given: ForwardInput) -> None:
         """Whose slots speculate."""
-        told = self._told(given)
-        speculator.apply(dataclasses.replace(given, speculations=told))
+        speculator.apply(given)
         self._patience[given.staging.sampling_slot[: given.num_sampling_diffs]] = 0
-        self._patience[[each.slot for each in told]] = 1
-
-    @staticmethod
-    def _told(given: ForwardInput) -> list[RowSpeculation]:
-        """None of those whose sampling looks at the text, which drafts are not part of yet."""
-        reading = {each.slot for each in given.extras if _reads_text(each)}
-        return [each for each in given.speculations if each.slot not in reading]
-
-
-def _reads_text(extras: RowExtras) -> bool:
-    """Whether what may be drawn, or how likely, depends on the tokens before it."""
-    penalties = extras.presence_penalty, extras.frequency_penalty, extras.repetition_penalty - 1.0
-    return any(penalties) or any(len(word) > 1 for word in extras.bad_words)
+        self._patience[[each.slot for each in given.speculations]] = 1
 
 
 def _of_taken(logprobs: StepLogprobs, drafted: Drafted, taken: npt.NDArray[np.bool_]) -> StepLogprobs:

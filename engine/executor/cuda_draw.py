@@ -56,25 +56,28 @@ class OpenSteps(DeviceState):
                 lambda output, host: setattr(output, "logprobs", extras.step_logprobs(host, plan, rows)),
             )
 
+        # All rows that continue sequences draw, and stand first.
+        drafts = side.token_ids[:decodes] if side.has_drafts else None
+
         def work() -> None:
             with torch.inference_mode():
                 raw, wide = logits(), slots.long()
-                x = raw if plan is None else extras.adjust(raw, wide, plan)
+                x = raw if plan is None else extras.adjust(raw, wide, plan, drafts)
                 if masked is not None and bits is not None:
                     x = allow(x, masked, bits)
                 if len(rows) < num_rows:
                     side.out[:num_rows].fill_(FUTURE_TOKEN)
                 given = x, self._sampling, slots, positions, self._last_token, side.out, where
                 draw(*given, filtered=filtered, masked=True)
-                if side.has_drafts:
-                    accept(side.token_ids[:decodes], side.out, side.row_slot, self._last_token)
+                if drafts is not None:
+                    accept(drafts, side.out, side.row_slot, self._last_token)
                 if plan is None:
                     return
-                if side.has_drafts:
+                if drafts is not None:
                     tokens = side.out.index_select(0, where.long()).clamp(min=0)
                 else:
                     tokens = self._last_token.index_select(0, wide)  # `out` may say that a row has none
-                extras.note(wide, tokens)
+                extras.note(wide, tokens, drafts)
                 if figures is not None and asked is not None:
                     index = asked.long()
                     own, drawn = raw.index_select(0, index), tokens.index_select(0, index)

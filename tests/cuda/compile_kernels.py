@@ -165,6 +165,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
     extras.adjust(logits, slots, bias, *tables)
     extras.adjust(logits, slots, bias, None, None, None)
+    extras.adjust(logits, slots, bias, *tables, empty(rows, kind=ints))
     params, out = empty(9, WORDS, kind=ints), empty(rows, kind=ints)
     sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
     if is_served:

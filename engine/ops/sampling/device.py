@@ -109,15 +109,29 @@ def accept(token_ids: Tensor, drawn: Tensor, slots: Tensor, last_token: Tensor) 
         accept_drafts(token_ids, drawn, slots, last_token)
         return
     drawn, slots = drawn[: len(token_ids)], slots[: len(token_ids)]
-    index = torch.arange(len(token_ids), device=token_ids.device)
+    _, last = rows_that_count(token_ids, drawn)
+    # One row of each slot; the others, as those of padding, write to the slot that is nobody's.
+    where = torch.where(last, slots, NULL_SLOT)
+    last_token.index_copy_(0, where.long(), drawn.clamp(min=0))  # some rows may have drawn no numbers
+
+
+def rows_that_count(token_ids: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """bool [B] each: of `accept`'s rows, those that follow right drafts alone, and the last one of each sequence.
+    drawn int32 [B]."""
     begins = token_ids < 0
+    index = torch.arange(len(token_ids), device=token_ids.device)
     wrong = torch.where(~begins & (token_ids != drawn.roll(1)), index, -1).cummax(0).values
     right = wrong < torch.where(begins, index, -1).cummax(0).values
     # The next row is of the same sequence, and right.
     goes_on = torch.cat(((right & ~begins)[1:], right.new_zeros(1)))
-    # One row of each slot; the others, as those of padding, write to the slot that is nobody's.
-    where = torch.where(right & ~goes_on, slots, NULL_SLOT)
-    last_token.index_copy_(0, where.long(), drawn.clamp(min=0))  # some rows may have drawn no numbers
+    return right, right & ~goes_on
+
+
+def drafts_before(token_ids: Tensor) -> Tensor:
+    """int64 [B]: of `accept`'s rows, how many of each one's sequence stand before it in the step; all are drafts but
+    the first."""
+    index = torch.arange(len(token_ids), device=token_ids.device)
+    return index - torch.where(token_ids < 0, index, 0).cummax(0).values
 
 
 def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:

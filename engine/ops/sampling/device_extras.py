@@ -1,8 +1,9 @@
 """DeviceExtras: penalties, biases, bans, log-probabilities and grammar masks on the device, by slot.
 
 What ops/sampling/extras.py is to the CPU, in fixed-shape tensor operations that never look at a value on the host.
-Its tables take memory only once a request asks for them. The host side runs on the loop thread; what it returns to be
-done on the device is launched by the CUDA executor on its compute stream, in order.
+Where drafts are rows of their own, each row counts the drafts before it, and what rows draw is remembered where it
+became a token. Its tables take memory only once a request asks for them. The host side runs on the loop thread; what it
+returns to be done on the device is launched by the CUDA executor on its compute stream, in order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.forward import ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
+from engine.forward import NULL_SLOT, ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
+from engine.ops.sampling.device import drafts_before, rows_that_count
 from engine.ops.triton.runtime import on_gpu
 
 # In a tail: no token stands there. In a pattern: any may.
@@ -59,6 +61,7 @@ class DeviceExtras:
         self._distrusted: set[int] = set()
         self.has: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
         self._num_slots = limits.num_slots
+        self._most_drafts = limits.max_draft_tokens
         self._zeros = zeros
         self._bias: Tensor | None = None
         self._counts: Tensor | None = None
@@ -227,8 +230,11 @@ class DeviceExtras:
             num_top=min(max((top or 0 for _, top in asking), default=0), self._vocab),
         )
 
-    def adjust(self, logits: Tensor, slots: Tensor, plan: ExtrasPlan) -> Tensor:
-        """On the device: float32 [R, V], int64 [R] -> changed logits; the given ones stay as they are."""
+    def adjust(self, logits: Tensor, slots: Tensor, plan: ExtrasPlan, drafts: Tensor | None = None) -> Tensor:
+        """On the device: float32 [R, V], int64 [R] -> changed logits; the given ones stay as they are.
+
+        drafts int32 [B], B of the first rows: the draft that each one is of, -1 where a sequence begins.
+        """
         x = logits
         bias = self._bias if plan.biased else None
         counts, prompt, penalties = (
@@ -237,26 +243,42 @@ class DeviceExtras:
         if on_gpu(x):
             from engine.ops.triton import extras as kernels
 
-            x = kernels.adjust(x, slots, bias, counts, prompt, penalties)
+            x = kernels.adjust(x, slots, bias, counts, prompt, penalties, drafts)
         else:
-            x = torch_adjust(x, slots, bias, counts, prompt, penalties)
+            x = torch_adjust(x, slots, bias, counts, prompt, penalties, drafts, self._most_drafts)
         if plan.word_slots is not None and plan.word_last is not None and plan.patterns is not None:
             assert self._tails is not None
             tails = self._tails.index_select(0, plan.word_slots.long())
+            if drafts is not None:
+                drafts = _padded(drafts, len(logits))
+                rows = plan.word_last[0].long()
+                tails = _behind(tails, drafts, rows, drafts_before(drafts).index_select(0, rows))
             stands = ((tails[:, -plan.patterns.shape[1] :] == plan.patterns) | (plan.patterns == _ANY)).all(-1)
             place = plan.word_last[0].long() * self._vocab + plan.word_last[1].long()
             limit = torch.where(stands, -torch.inf, torch.inf).to(x.dtype)
             x = x.view(-1).scatter_reduce(0, place, limit, "amin").view(x.shape)
         return x
 
-    def note(self, slots: Tensor, tokens: Tensor) -> None:
-        """On the device: count what was drawn, int64 [R] and int32 [R]."""
+    def note(self, slots: Tensor, tokens: Tensor, drafts: Tensor | None = None) -> None:
+        """On the device: count what was drawn, int64 [R] and int32 [R]. drafts: see `adjust`."""
+        if self._counts is None and self._tails is None:
+            return
+        counting, before = torch.ones_like(tokens), None
+        if drafts is not None:
+            drafts = _padded(drafts, len(tokens))
+            (right, last), before = rows_that_count(drafts, tokens), drafts_before(drafts)
+            counting = right.int()
         if self._counts is not None:
             place = slots * self._vocab + tokens.long()
-            self._counts.view(-1).index_add_(0, place, torch.ones_like(tokens))
+            self._counts.view(-1).index_add_(0, place, counting)
         if self._tails is not None:
             tails = self._tails.index_select(0, slots)
-            self._tails.index_copy_(0, slots, torch.cat((tails[:, 1:], tokens[:, None]), 1))
+            if before is None:
+                tails = torch.cat((tails[:, 1:], tokens[:, None]), 1)
+            else:
+                tails = _behind(tails, tokens, torch.arange(len(tokens), device=tokens.device), before + 1)
+                slots = torch.where(last, slots, NULL_SLOT)
+            self._tails.index_copy_(0, slots, tails)
 
     # ---- log-probabilities
 
@@ -289,23 +311,46 @@ def torch_adjust(
     counts: Tensor | None,
     prompt: Tensor | None,
     penalties: Tensor | None,
+    drafts: Tensor | None = None,
+    most_drafts: int = 0,
 ) -> Tensor:
     """float32 [R, V], int64 [R] -> the same with biases and penalties. Tables by slot, as DeviceExtras keeps them.
 
     bias float32 [slots, V]; counts int32, prompt bool [slots, V]: of generated tokens, whether in the prompt; penalties
-    float32 [slots, 3].
+    float32 [slots, 3]. drafts: see DeviceExtras.adjust; most_drafts: of a sequence.
     """
     x = logits
     if bias is not None:
         x = x + bias.index_select(0, slots)
     if counts is not None and prompt is not None and penalties is not None:
         counts = counts.index_select(0, slots)
+        if drafts is not None:
+            drafts, vocab = _padded(drafts, len(x)), x.shape[1]
+            before, row = drafts_before(drafts), torch.arange(len(x), device=x.device)
+            for nth in range(most_drafts):
+                own = drafts.index_select(0, (row - nth).clamp(min=0)).long()
+                place = row * vocab + own.clamp(min=0)
+                counts.view(-1).index_add_(0, place, (before > nth).int())
         seen = prompt.index_select(0, slots) | (counts > 0)
         penalties = penalties.index_select(0, slots)
         repetition, frequency, presence = (1.0 + penalties[:, :1]), penalties[:, 1:2], penalties[:, 2:]
         x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         x = x - frequency * counts - presence * (counts > 0)
     return x
+
+
+def _padded(drafts: Tensor, rows: int) -> Tensor:
+    """Of so many rows, each of which begins a sequence behind those that are known."""
+    return torch.cat((drafts, drafts.new_full((rows - len(drafts),), -1)))
+
+
+def _behind(tails: Tensor, tokens: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Tails int32 [W, width] with so many tokens more (int64 [W]), which end at these rows (int64 [W]) of int32 [R]."""
+    width = tails.shape[1]
+    column = torch.arange(width, device=tails.device)
+    place = column + counts[:, None]
+    new = tokens[(rows[:, None] + column - (width - 1)).clamp(min=0)]
+    return torch.where(place < width, tails.gather(1, place.clamp(max=width - 1)), new)
 
 
 def _penalises(extras: RowExtras) -> bool:

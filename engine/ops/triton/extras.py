@@ -14,7 +14,7 @@ from engine.ops.triton.pdl import launch_options, overlap
 BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_drafts"])
 def _adjust(
     logits_ptr,
     slots_ptr,
@@ -22,10 +22,13 @@ def _adjust(
     counts_ptr,
     prompt_ptr,
     penalties_ptr,
+    drafts_ptr,
     out_ptr,
     vocab,
+    num_drafts,
     BIASED: tl.constexpr,
     PENALISED: tl.constexpr,
+    DRAFTED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -40,6 +43,14 @@ def _adjust(
         x += tl.load(bias_ptr + at, mask=mask, other=0.0)
     if PENALISED:
         counts = tl.load(counts_ptr + at, mask=mask, other=0)
+        if DRAFTED:
+            # Of this row and of those before it, up to where its sequence begins.
+            back, counting = row, row < num_drafts
+            while counting:
+                draft = tl.load(drafts_ptr + back)
+                counts += (ids == draft).to(tl.int32)
+                counting = draft >= 0
+                back -= 1
         seen = (counts > 0) | (tl.load(prompt_ptr + at, mask=mask, other=0) > 0)
         repetition = 1.0 + tl.load(penalties_ptr + slot * 3)
         x = tl.where(seen, tl.where(x > 0.0, x / repetition, x * repetition), x)
@@ -55,6 +66,7 @@ def adjust(
     counts: Tensor | None,
     prompt: Tensor | None,
     penalties: Tensor | None,
+    drafts: Tensor | None = None,
 ) -> Tensor:
     """See `torch_adjust`."""
     if bias is None and counts is None:
@@ -69,10 +81,13 @@ def adjust(
         logits if counts is None else counts,
         logits if prompt is None else prompt.view(torch.uint8),
         logits if penalties is None else penalties,
+        slots if drafts is None else drafts,
         out,
         vocab,
+        0 if drafts is None else drafts.shape[0],
         BIASED=bias is not None,
         PENALISED=counts is not None,
+        DRAFTED=counts is not None and drafts is not None,
         BLOCK=BLOCK,
         num_warps=4,
         **launch_options(),
