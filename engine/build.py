@@ -348,13 +348,11 @@ def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     )
 
 
-def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> None:
+def _check_speculation(config: EngineConfig, spec: ModelSpec) -> None:
     """Raises StartupError for what no draft can be tried with."""
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
-    if spec.has_state and device == "cuda":
-        raise StartupError(f"{flag}: on a GPU drafts do not go with a model that has a recurrent state so far")
     if spec.has_state and config.tensor_parallel_size > 1:
         raise StartupError(f"{flag}: drafts for a model with a recurrent state do not go with --tensor-parallel-size")
 
@@ -368,7 +366,7 @@ def _build_executor(
         import torch  # noqa: F401
     device = _pick_device(config, report)
     if config.speculation.method is not None:
-        _check_speculation(config, spec, device)
+        _check_speculation(config, spec)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
         if is_gguf(directory) or config.model.load_format == "dummy":

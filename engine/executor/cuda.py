@@ -132,6 +132,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                 if not laid_out:
                     self._tables.apply(given)
                     self._note_filters(given)
+                    try:
+                        self._move_states(given)
+                    except Exception as second:
+                        self._judge(second)
                 if self._adapters is not None:
                     self._adapters.expect(given)
         if handle.draw is not None:
@@ -332,10 +336,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
         self._note_filters(forward_input)
-        if (states := self._states) is not None:
-            # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
-            with self.layer.on(self._compute):
-                self.layer.launch(lambda: states.move(forward_input))
+        # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
+        self._move_states(forward_input)
         if self._lost_diffs:
             self._send_tables(handle)
         if self._adapters is not None:
@@ -361,6 +363,11 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                 draw_open()
         else:
             handle.draw = draw_open
+
+    def _move_states(self, forward_input: ForwardInput) -> None:
+        if (states := self._states) is not None and self._lost is None:
+            with self.layer.on(self._compute):
+                self.layer.launch(lambda: states.move(forward_input))
 
     def _note_filters(self, forward_input: ForwardInput) -> None:
         count = forward_input.num_sampling_diffs

@@ -22,6 +22,7 @@ from engine.executor.cuda_products import (
     of_words,
     to_words,
 )
+from engine.forward import FUTURE_TOKEN
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
@@ -35,6 +36,8 @@ class Captures(DecodeSteps):
         with layer.on(self._compute):
             try:
                 layer.launch(side.block.zero_)
+                if side.has_drafts:  # each row begins a sequence
+                    layer.launch(lambda: side.token_ids.fill_(FUTURE_TOKEN))
                 if self.attention.decode_needs_plan(key.size):
                     self._plan_padding(side, key)
                 self._prepare(key)

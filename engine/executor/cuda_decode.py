@@ -55,7 +55,9 @@ class DecodeSteps(DeviceState):
             if plan is not None:
                 self.attention.plan_decode(plan, size, key.width, side.parity)
             graph = self.graphs.get(key)
-            if graph is None and self.graphs.note_use(key):
+            # States follow what is drawn, by what their layers were given, which a graph would write over.
+            whole = draw != "open" or not side.has_drafts or self._states is None
+            if graph is None and whole and self.graphs.note_use(key):
                 graph = self._capture(key)
             if graph is not None:
                 self.graphs.replay(graph)
@@ -94,6 +96,7 @@ class DecodeSteps(DeviceState):
         with torch.inference_mode():
             positions = side.row_start[:size]
             slots = side.row_slot[:size]
+            known = side.token_ids[:size] if side.has_drafts else None
             token_ids, kv_len, kv_slots, tables = decode_inputs(
                 self._page_tables,
                 self._last_token,
@@ -103,10 +106,11 @@ class DecodeSteps(DeviceState):
                 side.table_page[:size],
                 width,
                 page_size,
-                side.token_ids[:size] if side.has_drafts else None,
+                known,
             )
-            if self._states is not None:
-                self._states.plan = StatePlan.of_decodes(slots)
+            if (states := self._states) is not None:
+                most = 1 + self.limits.max_draft_tokens if side.has_drafts else 1
+                states.expect(StatePlan.of_decodes(slots, known, most))
             attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, side.parity))
             with self._adapting(adapted, side, size):
                 if (drafter := self._drafter) is None or not drafter.reads_hidden:
@@ -121,8 +125,10 @@ class DecodeSteps(DeviceState):
                 return
             given = logits, self._sampling, slots, kv_len
             draw_tokens(*given, self._last_token, side.out[:size], filtered=draw == "filtered")
-            if side.has_drafts:
-                accept(side.token_ids[:size], side.out[:size], slots, self._last_token)
+            if known is not None:
+                accept(known, side.out[:size], slots, self._last_token)
+                if states is not None:
+                    states.accept(side.out[:size])
 
     def _decode_plan(self, forward_input: ForwardInput, side: Side, size: int) -> tuple[int, DecodePlan]:
         """Host metadata of a decode step, padded to `size` rows of one page. Returns its length in words."""

@@ -43,7 +43,6 @@ class DraftSteps(DeviceState):
 
     def _draft_by(self, proposer: Proposer | None) -> None:
         limits = self.limits
-        assert limits.num_snapshots is None, "a recurrent state cannot go back"
         self._speculator = Speculator(limits, proposer, self._drafter, self._tables)
         # Tokens of a slot that are computed when all that was launched has ended.
         self._ahead: Int32Array = np.zeros(limits.num_slots, np.int32)
@@ -153,6 +152,9 @@ class DraftSteps(DeviceState):
         count = step.num_sampling_diffs
         flat.sampling_slot[:count], flat.sampling[:count] = changes.sampling_slot[:count], changes.sampling[:count]
         flat.adapter[:count] = changes.adapter[:count]
+        for name, count in (("save", step.num_saves), ("load", step.num_loads)):
+            for each in (f"{name}_slot", f"{name}_snapshot"):
+                getattr(flat, each)[:count] = getattr(changes, each)[:count]
         flattened = dataclasses.replace(
             step,
             staging=flat,

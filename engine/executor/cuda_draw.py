@@ -71,6 +71,8 @@ class OpenSteps(DeviceState):
                 draw(*given, filtered=filtered, masked=True)
                 if drafts is not None:
                     accept(drafts, side.out, side.row_slot, self._last_token)
+                    if self._states is not None:
+                        self._states.accept(side.out)
                 if plan is None:
                     return
                 if drafts is not None:

@@ -36,7 +36,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.device_coded import DeviceCodedLinear
-from engine.ops.state import state_bytes
+from engine.ops.state import held_bytes, state_bytes
 from engine.speculation.nets import Net
 from engine.speculation.paged import full_group
 from engine.speculation.registry import proposer_of
@@ -434,7 +434,13 @@ def build_cuda_executor(
         free = layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
             wide = widened(limits_of(1))
-            activations, workspace = profile_step(model, layer, wide, attention_of, adapters, drafts_of)
+            # A draft is a row, which has no state of its own.
+            tried = wide if num_snapshots is None else dataclasses.replace(limits_of(1), max_draft_tokens=0)
+            activations, workspace = profile_step(model, layer, tried, attention_of, adapters, drafts_of)
+            if num_snapshots is not None and speculation.method is not None:
+                # Such rows' logits, and what went into their recurrences.
+                kept = 16 * model.config.vocab_size + 2 * held_bytes(model.config.states, dtype)
+                activations += wide.max_num_seqs * kept
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         if drafting is not None:

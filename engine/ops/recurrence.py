@@ -8,14 +8,17 @@ are missing, take prompts in chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.forward import NULL_SLOT
 from engine.ops import native
 from engine.ops.activation import by_rows
+from engine.ops.sampling.device import rows_that_count
 from engine.ops.state import KernelRows, RowsOnDevice, StatePlan
 from engine.ops.triton.runtime import on_gpu
 
@@ -82,7 +85,16 @@ def torch_causal_conv(
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     taps, indptr = weight.shape[0], plan.qo_indptr.tolist()
     first_row = 0
-    if plan.device is not None and plan.num_decode_rows:
+    if plan.device is not None and plan.device.drafts is not None:
+        first_row = plan.num_decode_rows
+
+        def convolve(row: int, state: Tensor) -> Tensor:
+            columns = torch.cat([state, x[row : row + 1, None]], 1)
+            out[row] = (columns[0].float() * weight).sum(0)
+            return columns[:, 1:]
+
+        _in_turn(plan.device, states, convolve)
+    elif plan.device is not None and plan.num_decode_rows:
         # In fixed shapes, as a graph holds them.
         first_row = plan.num_decode_rows
         slots = plan.device.slots[:first_row].long()
@@ -99,6 +111,26 @@ def torch_causal_conv(
     if bias is not None:
         out += bias
     return (F.silu(out) if silu else out).to(x.dtype)
+
+
+def _in_turn(rows: RowsOnDevice, states: Tensor, step: Callable[[int, Tensor], Tensor]) -> None:
+    """Rows of sequences with drafts one after another, in fixed shapes. step(row, state [1, ...]) -> the state behind
+    it."""
+    drafts = rows.drafts
+    assert drafts is not None
+    begins = drafts < 0
+    drafted = torch.cat((~begins[1:], begins.new_zeros(1)))  # the next row is a draft of the same sequence
+    counting, keeps = torch.ones_like(begins), begins & ~drafted
+    if rows.drawn is not None:
+        counting, _ = rows_that_count(drafts, rows.drawn[: len(drafts)])
+        keeps = ~begins & ~drafted
+    state = states[:1]
+    for row in range(len(drafts)):
+        slot = rows.slots[row : row + 1]
+        state = torch.where(begins[row], states.index_select(0, slot.long()), state)
+        state = torch.where(counting[row], step(row, state), state)
+        # What is not kept goes to the slot that is nobody's.
+        states.index_copy_(0, torch.where(keeps[row], slot, NULL_SLOT).long(), state)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -179,7 +211,17 @@ class Recurrence:
         out = torch.empty_like(values)
         indptr = plan.qo_indptr.tolist()
         first_row = 0
-        if plan.device is not None and plan.num_decode_rows:
+        if plan.device is not None and plan.device.drafts is not None:
+            first_row = plan.num_decode_rows
+
+            def recur(row: int, state: Tensor) -> Tensor:
+                own, state = slice(row, row + 1), state.clone()
+                of_row = (x[:, own] for x in (q, k, values, log_decay, shares))
+                out[:, own] = _one_token(*of_row, state=state, delta=self.delta)
+                return state
+
+            _in_turn(plan.device, states, recur)
+        elif plan.device is not None and plan.num_decode_rows:
             first_row = plan.num_decode_rows
             slots = plan.device.slots[:first_row].long()
             state = states.index_select(0, slots)

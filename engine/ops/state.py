@@ -5,7 +5,8 @@ Owned by an executor, which has states copied before a step reads them; layers f
 Of a row with drafts it is known only after the step how many of its tokens are right. Such a row is held: it leaves
 its slot's state as it was, and its layers keep what goes into their recurrences. `settle` runs those again, over the
 right tokens alone. That is little beside a step, and no second state is needed, of which one a token would be many
-megabytes; with the compiled kernels the bits are those of decoding, for they are the same over the same inputs.
+megabytes; with the compiled kernels the bits are those of decoding, for they are the same over the same inputs. On a
+GPU, where each draft is a row, `accept` does so, as soon as it is drawn what follows them.
 """
 
 from __future__ import annotations
@@ -62,11 +63,20 @@ def held_bytes(spec: StateSpec, dtype: torch.dtype) -> int:
 @dataclass(frozen=True, slots=True, eq=False)
 class RowsOnDevice:
     """The rows of a step where its kernels read them. slots int32 [rows]. qo_indptr int32 [rows + 1], None where every
-    row has one token. longest: tokens of a row at most."""
+    row has one token. longest: tokens of a row at most.
+
+    drafts int32 [B]: the first rows, of one token each, are sequences with their drafts behind them, `most` rows each
+    at most: -1 where one begins, else the draft that the row is of. They are gone over in turn, and a sequence with
+    drafts leaves its slot's state as it was. drawn int32, B or more: what followed each. Then those sequences alone are
+    gone over, as far as their drafts are what was drawn before them, and their states are kept.
+    """
 
     slots: Tensor
     qo_indptr: Tensor | None = None
     longest: int = 1
+    most: int = 1
+    drafts: Tensor | None = None
+    drawn: Tensor | None = None
 
 
 class _StateRows(ctypes.Structure):
@@ -118,15 +128,16 @@ class StatePlan:
         return len(self.slots)
 
     @classmethod
-    def of_decodes(cls, slots: Tensor) -> StatePlan:
-        """One token each of the slots, int32 [rows] on the device."""
+    def of_decodes(cls, slots: Tensor, drafts: Tensor | None = None, most: int = 1) -> StatePlan:
+        """One token each of the slots, int32 [rows] on the device. drafts, most: see RowsOnDevice."""
         nothing = np.zeros(0, np.int32)
-        return cls(nothing, nothing, len(slots), RowsOnDevice(slots))
+        return cls(nothing, nothing, len(slots), RowsOnDevice(slots, None, most, most, drafts))
 
-    def on(self, slots: Tensor, qo_indptr: Tensor) -> StatePlan:
-        """The same rows, with their arrays on the device."""
-        longest = int(np.diff(self.qo_indptr).max(initial=1))
-        return StatePlan(self.slots, self.qo_indptr, self.num_decode_rows, RowsOnDevice(slots, qo_indptr, longest))
+    def on(self, slots: Tensor, qo_indptr: Tensor, drafts: Tensor | None = None, most: int = 1) -> StatePlan:
+        """The same rows, with their arrays on the device. drafts, most: see RowsOnDevice."""
+        longest = int(np.diff(self.qo_indptr).max(initial=most))
+        rows = RowsOnDevice(slots, qo_indptr, longest, most, drafts)
+        return StatePlan(self.slots, self.qo_indptr, self.num_decode_rows, rows)
 
 
 def plan_of(step: ForwardInput) -> StatePlan:
@@ -212,11 +223,34 @@ class States:
         if plan.held is not None:
             self._of_held = torch.from_numpy(np.flatnonzero(np.repeat(plan.held, np.diff(plan.qo_indptr))))
 
+    def expect(self, plan: StatePlan) -> None:
+        """`run`, of rows on a GPU; inside a launch or a capture."""
+        self.plan, self._kept = plan, []
+
     def advance(self, advance: Advance, *inputs: Tensor) -> Tensor:
-        """advance(*inputs, plan), of a layer that may have to go over tokens of a held row again. inputs: [T, ...]."""
-        if self.plan.held is not None:
+        """advance(*inputs, plan), of a layer that may have to go over tokens of a held row again. inputs: [T, ...],
+        which nobody writes to until the step has drawn."""
+        device = self.plan.device
+        if device is not None and device.drafts is not None:
+            count = len(device.drafts)
+            # Beside prompts a copy, or all that was projected of those would be held on to.
+            kept = (each if len(each) == count else each[:count].clone() for each in inputs)
+            self._kept.append((advance, tuple(kept)))
+        elif self.plan.held is not None:
             self._kept.append((advance, tuple(each.index_select(0, self._of_held) for each in inputs)))
         return advance(*inputs, self.plan)
+
+    def accept(self, drawn: Tensor) -> None:
+        """What was drawn behind each of the plan's drafts and the tokens before them, int32 [B] or more on the device:
+        states of their sequences become those behind right ones. Inside a launch or a capture."""
+        device, kept, self._kept = self.plan.device, self._kept, []
+        if device is None or device.drafts is None:
+            return
+        slots = device.slots[: len(device.drafts)]
+        rows = replace(device, slots=slots, qo_indptr=None, longest=device.most, drawn=drawn)
+        again = replace(StatePlan.of_decodes(rows.slots), device=rows)
+        for advance, inputs in kept:
+            advance(*inputs, again)
 
     def settle(self, counts: npt.NDArray[np.integer[Any]]) -> None:
         """Of each row of the step, that many of its tokens are right, at least one of a held row: the states of such

@@ -268,19 +268,24 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
         return torch.empty(shape, dtype=kind)
 
     wide, ints = torch.float32, torch.int32
-    where = RowsOnDevice(empty(rows, kind=ints), None if rows == 1 else empty(rows + 1, kind=ints), rows)
+    slots, indptr = empty(rows, kind=ints), None if rows == 1 else empty(rows + 1, kind=ints)
+    where = RowsOnDevice(slots, indptr, rows)
+    # With drafts, before and after it is known which are right.
+    drafted = [RowsOnDevice(slots, indptr, max(rows, 9), 9, slots), RowsOnDevice(slots, None, 9, 9, slots, slots)]
     for delta, key_heads, heads, value_dim in ((True, 16, 32, 128), (False, 8, 128, 64)):
         keys, values = key_heads * 128, heads * value_dim
         x, weight = empty(rows, 2 * keys + values), empty(4, 2 * keys + values, kind=wide)
         bias, states = (None if delta else empty(len(weight[0]), kind=wide)), empty(9, 3, len(weight[0]))
-        recurrence.causal_conv(x, weight, bias, states, where, silu=True)
+        for there in (where, *drafted):
+            recurrence.causal_conv(x, weight, bias, states, there, silu=True)
         each = empty(heads, kind=wide)
         sizes = {"key_heads": key_heads, "heads": heads, "key_dim": 128, "value_dim": value_dim}
         what = Recurrence(delta=delta, **sizes, rate=each, step_bias=each, skip=None if delta else each)
         q, k, v = x.split([keys, keys, values], 1)
         step, share = empty(rows, 2 * heads).split(heads, 1)
         state = empty(9, heads, 128, value_dim, kind=wide)
-        recurrence.recur(what, q, k, v, step, share if delta else None, state, where)
+        for there in (where, *drafted):
+            recurrence.recur(what, q, k, v, step, share if delta else None, state, there)
         parts = heads if delta else key_heads
         recurrence.gated_norm(v, v, empty(values // parts, kind=wide), 1e-6, parts, gate_first=not delta)
     recurrence.causal_conv(empty(rows, 2048), empty(3, 2048, kind=wide), None, empty(9, 2, 2048), where, silu=False)

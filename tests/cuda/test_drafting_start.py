@@ -26,7 +26,7 @@ from tests.cuda.fake_device import FakeDevice
 from tests.models.support import make_checkpoint
 from tests.speculation import test_mtp as mtp
 from tests.speculation.test_eagle3 import write_head
-from tests.speculation.test_start import DELTA, answers, write_tokenizer
+from tests.speculation.test_start import answers, write_tokenizer
 
 VOCABULARY = {f"t{index}": index for index in range(211)}
 
@@ -101,8 +101,14 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     refused(r"\(eagle3\) cannot be used with --enable-lora", method="eagle3", model=str(tmp_path / "head"), lora=True)
     refused(r"\(mtp\) cannot be used with LlamaForCausalLM", method="mtp")
     refused(r"draft_model' needs a model", method="draft_model")
-    make_checkpoint(tmp_path / "hybrid", "Qwen3_5", **DELTA)
-    write_tokenizer(tmp_path / "hybrid", VOCABULARY)
-    for method in ("ngram", "mtp"):
-        with pytest.raises(StartupError, match=rf"\({method}\): on a GPU drafts do not go with a model that has a rec"):
-            build(tmp_path / "hybrid", method=method, num_draft_tokens=2)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+async def test_drafts_for_a_model_with_a_recurrent_state(method: str, tmp_path: Path) -> None:
+    mtp.write(tmp_path, "qwen")
+    expected = await answers(build(tmp_path))
+    built = build(tmp_path, method=method, num_draft_tokens=3, adaptive=False)
+    rows = dict(built.report.rows)
+    assert "snapshots" in rows["states"] and rows["steps with drafts"].startswith("up to ")
+    assert await answers(built) == expected

@@ -2,6 +2,7 @@
 
 The references are the torch forms there. A row's tokens are taken one after another, whatever the row's length: so its
 bits depend neither on its company nor on how its prompt was cut. Rows of padding write to slot 0, which is nobody's.
+Where drafts are rows (RowsOnDevice), the program of the row where a sequence begins goes over those of its drafts.
 """
 
 from __future__ import annotations
@@ -43,6 +44,20 @@ def _softplus(x):
 
 
 @triton.jit
+def _with_drafts(row, drafts_ptr, drawn_ptr, num_drafted, SETTLES: tl.constexpr, CHAIN: tl.constexpr):
+    """Of a row, whether it is no draft, the draft behind it, and the end of all behind it. SETTLES: of right ones."""
+    begins = tl.load(drafts_ptr + row, mask=row < num_drafted, other=-1) < 0
+    after = tl.arange(0, CHAIN)
+    inside = row + 1 + after < num_drafted
+    draft = tl.load(drafts_ptr + row + 1 + after, mask=inside, other=-1)
+    goes_on = draft >= 0
+    if SETTLES:
+        goes_on = goes_on & (draft == tl.load(drawn_ptr + row + after, mask=inside, other=-1))
+    count = tl.min(tl.where(goes_on, CHAIN, after), axis=0)
+    return begins, tl.max(tl.where(after == 0, draft, -1), axis=0), row + 1 + count
+
+
+@triton.jit(do_not_specialize=["num_drafted"])
 def _causal_conv(
     x_ptr,
     weight_ptr,
@@ -50,11 +65,16 @@ def _causal_conv(
     states_ptr,
     slots_ptr,
     indptr_ptr,
+    drafts_ptr,
+    drawn_ptr,
     out_ptr,
     x_stride,
     state_stride,
     channels,
+    num_drafted,
     TAPS: tl.constexpr,
+    CHAIN: tl.constexpr,
+    SETTLES: tl.constexpr,
     RAGGED: tl.constexpr,
     BIAS: tl.constexpr,
     SILU: tl.constexpr,
@@ -70,6 +90,15 @@ def _causal_conv(
     begin, end = row, row + 1
     if RAGGED:
         begin, end = tl.load(indptr_ptr + row), tl.load(indptr_ptr + row + 1)
+    keeps = in_row
+    if CHAIN > 0:
+        begins, draft, chained = _with_drafts(row, drafts_ptr, drawn_ptr, num_drafted, SETTLES, CHAIN)
+        live = begins & (draft >= 0) if SETTLES else begins
+        if not live:
+            return  # a draft: the row where its sequence begins sees to it
+        end = tl.where(row < num_drafted, chained, end)
+        if not SETTLES:
+            keeps = in_row & (draft + tl.zeros_like(channel) < 0)
     length = end - begin
     start = tl.program_id(2) * TOKENS
     if start < length:
@@ -109,7 +138,7 @@ def _causal_conv(
                 last = length - (TAPS - 1) + column + tl.zeros((CHANNELS,), tl.int32)
                 new = tl.load(x_rows + last * x_stride + channel, mask=(last >= 0) & in_row, other=0.0)
                 old = tl.load(states + (last + (TAPS - 1)) * channels + channel, mask=(last < 0) & in_row, other=0.0)
-                tl.store(states + column * channels + channel, new + old, mask=in_row)
+                tl.store(states + column * channels + channel, new + old, mask=keeps)
 
 
 def causal_conv(
@@ -128,11 +157,14 @@ def causal_conv(
         states,
         rows.slots,
         rows.slots if rows.qo_indptr is None else rows.qo_indptr,
+        *_drafts_of(rows),
         out,
         x.stride(0),
         states.stride(0),
         channels,
+        0 if rows.drafts is None else rows.drafts.shape[0],
         TAPS=taps,
+        **_chain_of(rows),
         RAGGED=rows.qo_indptr is not None,
         BIAS=bias is not None,
         SILU=silu,
@@ -144,7 +176,18 @@ def causal_conv(
     return out
 
 
-@triton.jit
+def _drafts_of(rows: RowsOnDevice) -> tuple[Tensor, Tensor]:
+    drafts = rows.slots if rows.drafts is None else rows.drafts
+    return drafts, drafts if rows.drawn is None else rows.drawn
+
+
+def _chain_of(rows: RowsOnDevice) -> dict[str, int | bool]:
+    """CHAIN: no less than the drafts of a sequence, 0 where there are none."""
+    chain = 0 if rows.drafts is None else triton.next_power_of_2(rows.most)
+    return {"CHAIN": chain, "SETTLES": rows.drawn is not None}
+
+
+@triton.jit(do_not_specialize=["num_drafted"])
 def _recur(
     q_ptr,
     k_ptr,
@@ -157,6 +200,8 @@ def _recur(
     states_ptr,
     slots_ptr,
     indptr_ptr,
+    drafts_ptr,
+    drawn_ptr,
     out_ptr,
     q_stride,
     k_stride,
@@ -171,8 +216,11 @@ def _recur(
     scale,
     least_step,
     most_step,
+    num_drafted,
     DELTA: tl.constexpr,
     SKIP: tl.constexpr,
+    CHAIN: tl.constexpr,
+    SETTLES: tl.constexpr,
     RAGGED: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -191,6 +239,15 @@ def _recur(
         begin, end = tl.load(indptr_ptr + row), tl.load(indptr_ptr + row + 1)
     places = states_ptr + slot * state_stride + (head * key_dim + key)[:, None] * value_dim + column[None, :]
     in_state = in_key[:, None] & in_value[None, :]
+    keeps = in_state
+    if CHAIN > 0:
+        begins, draft, chained = _with_drafts(row, drafts_ptr, drawn_ptr, num_drafted, SETTLES, CHAIN)
+        live = begins & (draft >= 0) if SETTLES else begins
+        if not live:
+            return  # a draft: the row where its sequence begins sees to it
+        end = tl.where(row < num_drafted, chained, end)
+        if not SETTLES:
+            keeps = in_state & (draft + tl.zeros_like(column) < 0)[None, :]
     state = tl.load(places, mask=in_state, other=0.0)
     of_key = (head // heads_of_key) * key_dim + key
     of_value = head * value_dim + column
@@ -223,7 +280,7 @@ def _recur(
         step_row += step_stride
         share_row += share_stride
         out_row += heads * value_dim
-    tl.store(places, state, mask=in_state)
+    tl.store(places, state, mask=keeps)
 
 
 def recur(
@@ -254,6 +311,7 @@ def recur(
         states,
         rows.slots,
         rows.slots if rows.qo_indptr is None else rows.qo_indptr,
+        *_drafts_of(rows),
         out,
         *(x.stride(0) for x in (q, k, v, step, share, states)),
         what.heads,
@@ -263,8 +321,10 @@ def recur(
         what.key_dim**-0.5,
         least,
         min(most, MOST_STEP),
+        0 if rows.drafts is None else rows.drafts.shape[0],
         DELTA=what.delta,
         SKIP=what.skip is not None,
+        **_chain_of(rows),
         RAGGED=rows.qo_indptr is not None,
         KEYS=triton.next_power_of_2(what.key_dim),
         COLUMNS=columns,
