@@ -468,8 +468,10 @@ class DeviceDrafter:
         slots = staging.row_slot[first : step.num_rows]
         starts = staging.row_start[first : step.num_rows]
         ends = np.minimum(starts + staging.row_len[first : step.num_rows], self._context)
-        # Of what comes before a text that was found in the cache no hidden state is known.
-        known = (self._read_to[slots] == starts) | (self._shift == 0)
+        # Of what comes before a text that was found in the cache no hidden state is known. Tokens that were forced come
+        # behind a step that kept one.
+        read = self._read_to[slots]
+        known = ((read >= 0) & (read <= starts)) | (self._shift == 0)
         begins = np.where(known, starts, starts + 1)
         self._read_to[slots] = ends
         rows = np.flatnonzero((ends > begins) & (self._reads[slots] | self.reads_all))

@@ -437,10 +437,11 @@ def build_cuda_executor(
             # A draft is a row, which has no state of its own.
             tried = wide if num_snapshots is None else dataclasses.replace(limits_of(1), max_draft_tokens=0)
             activations, workspace = profile_step(model, layer, tried, attention_of, adapters, drafts_of)
+            held = 0
             if num_snapshots is not None and speculation.method is not None:
-                # Such rows' logits, and what went into their recurrences.
-                kept = 16 * model.config.vocab_size + 2 * held_bytes(model.config.states, dtype)
-                activations += wide.max_num_seqs * kept
+                # What goes into recurrences, in one piece with what goes by them; and such rows' logits.
+                held = 2 * wide.max_num_seqs * held_bytes(model.config.states, dtype)
+                activations += held + 16 * wide.max_num_seqs * model.config.vocab_size
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         if drafting is not None:
@@ -457,7 +458,7 @@ def build_cuda_executor(
             num_graphs = families * most_graphs(num_sizes, sides, wide.max_pages_per_seq)
             if net is not None:
                 num_draft_graphs = most_graphs(num_sizes, 4, wide.max_pages_per_seq)
-            graphs = 4 * logits + (num_graphs + num_draft_graphs + families * len(SIZES)) * GRAPH_BYTES
+            graphs = held + 4 * logits + (num_graphs + num_draft_graphs + families * len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:

@@ -22,12 +22,13 @@ from engine.executor.cuda_buffers import CudaHandle
 from engine.forward import DeviceLostError
 from engine.request import Request
 from engine.stream import Delta
+from tests.cuda import test_draft_heads as heads
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
 from tests.cuda.support import NO_DRAFTS, SMALL, answers_of, make_executor, requests_of, tiny_model
 from tests.cuda.test_adapters import a_model, adapters_of
 from tests.cuda.test_adapters import asked as with_adapters
-from tests.cuda.test_draft_heads import EAGLE, LIMITS, WITHOUT, make_eagle, target
+from tests.cuda.test_draft_heads import EAGLE, LIMITS, WITHOUT, apart, make_eagle, target
 from tests.cuda.test_draft_models import MODEL, OTHER, Counting, assert_said, itself, longer, make, other, with_net
 from tests.cuda.test_drafts import DRAFTS
 from tests.cuda.test_failures import Failing
@@ -192,14 +193,15 @@ async def test_rows_with_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("attention", "seed"), [("torch", 1), ("xqa", 2), ("wrapper", 3)])
 async def test_heads(attention: str, seed: int, tmp_path: Path) -> None:
+    """Behind tokens that were forced, too, what is drafted is the formula's."""
     _, tensors = eagle3.write_head(tmp_path, "plain", norm_before_residual=False)
-    assert tensors
-    requests = longer(requests_of(seed, 9))
+    requests = apart(longer(requests_of(seed, 9)))
     expected = await without(bound(requests, eagle3.VOCAB), limits=WITHOUT, model=target())
     executor = make_eagle(tmp_path, attention, device=FakeDevice(seed, 0.3), kind=Seeing)
     found = await asyncio.wait_for(answers_of(executor, bound(requests, eagle3.VOCAB), speculation=EAGLE), 60)
     assert_same(found, expected)
     assert executor.counts["seen"] > 20 and executor.limits == LIMITS
+    heads.assert_said(executor, tensors)
 
 
 @pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
