@@ -353,8 +353,6 @@ def _check_speculation(config: EngineConfig, spec: ModelSpec) -> None:
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
-    if spec.has_state and config.tensor_parallel_size > 1:
-        raise StartupError(f"{flag}: drafts for a model with a recurrent state do not go with --tensor-parallel-size")
 
 
 def _build_executor(

@@ -23,7 +23,7 @@ from engine.distributed.members import Members
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
-from engine.forward import PARTS, DeviceLostError, ForwardInput, ForwardOutput, Limits
+from engine.forward import PARTS, BoolArray, DeviceLostError, ForwardInput, Int32Array, Limits
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
@@ -121,14 +121,24 @@ class Leader:
         messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told)
         self.ranks.post()
 
-    def tell_states(self, step: ForwardInput) -> None:
-        """The other ranks are to do what States.begin does with this step."""
-        messages.write_states(self.ranks.next_message(), step)
+    def tell_states(self, step: ForwardInput, held: BoolArray | None = None, *, moved: bool = False) -> None:
+        """The other ranks are to do what States.begin does with this step; see messages.write_states."""
+        messages.write_states(self.ranks.next_message(), step, held, moved=moved)
         self.ranks.post()
-        if step.num_tokens == 0:
-            # No forward follows, in whose sums all meet: the next but one would be written where this is read.
-            self.ranks.arrive()
-            self.ranks.meet()
+        if moved or step.num_tokens == 0:
+            # No forward follows, or comes behind two of these, in whose sums all meet: the next message but one would
+            # be written where this is read.
+            self.meet()
+
+    def tell_settled(self, counts: Int32Array) -> None:
+        """The other ranks are to do what States.settle does."""
+        messages.write_settled(self.ranks.next_message(), counts)
+        self.ranks.post()
+
+    def meet(self) -> None:
+        """All ranks have read what was told."""
+        self.ranks.arrive()
+        self.ranks.meet()
 
     def tell_embedded(self, token_ids: Tensor) -> None:
         """The other ranks are to give their rows of the embedding."""
@@ -302,12 +312,27 @@ class RankedExecutor(CPUExecutor):
         super().__init__(model, limits, attention=ranked, dtype=dtype, load=load, proposer=proposer, late=late)
         self._leader = leader
 
-    def _run(self, step: ForwardInput) -> ForwardOutput:
+    def _move_states(self, states: States, step: ForwardInput) -> None:
         """See CPUExecutor."""
-        if self._states is not None:
+        with self._leader.lost():
+            self._leader.tell_states(step)
+            super()._move_states(states, step)
+
+    def _run_states(self, states: States, step: ForwardInput) -> None:
+        """See CPUExecutor. Where rows speculate the others know no more than how many tokens they might have had."""
+        super()._run_states(states, step)
+        if step.num_speculating_rows:
             with self._leader.lost():
-                self._leader.tell_states(step)
-        return super()._run(step)
+                self._leader.tell_states(step, states.plan.held, moved=True)
+
+    def _settle_states(self, states: States, counts: Int32Array) -> None:
+        """See CPUExecutor."""
+        if states.plan.held is None:
+            return
+        with self._leader.lost():
+            self._leader.tell_settled(counts)
+            super()._settle_states(states, counts)
+            self._leader.meet()
 
     @property
     def page_bytes(self) -> int:

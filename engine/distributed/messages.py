@@ -1,5 +1,5 @@
-"""What rank 0 tells the other ranks, as flat arrays in shared memory: what states a step begins with, a forward, a wish
-for rows of the embedding or for logits, or a command.
+"""What rank 0 tells the other ranks, as flat arrays in shared memory: what states a step begins with, and which of
+their tokens were right, a forward, a wish for rows of the embedding or for logits, or a command.
 
 Every message begins with HEADER int32 numbers, of which the first is its kind. Read and written by the executors'
 threads. Imports no torch.
@@ -16,9 +16,9 @@ import numpy.typing as npt
 import orjson
 
 from engine.executor.tables import PagedMetadata
-from engine.forward import ForwardInput
+from engine.forward import BoolArray, ForwardInput
 
-FORWARD, LOGITS, COMMAND, STATES, EMBEDDED = 1, 2, 3, 4, 5
+FORWARD, LOGITS, COMMAND, STATES, EMBEDDED, SETTLED = 1, 2, 3, 4, 5, 6
 HEADER = 16
 # Bytes of a message that any model's are given.
 LEAST_BYTES = 2 << 20
@@ -85,38 +85,65 @@ def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None]
     return token_ids, groups, types
 
 
-def write_states(message: Bytes, step: ForwardInput) -> None:
-    """What `States.begin` does with a step."""
-    staging, rows, saves, loads = step.staging, step.num_rows, step.num_saves, step.num_loads
+def write_states(message: Bytes, step: ForwardInput, held: BoolArray | None = None, *, moved: bool = False) -> None:
+    """What `States.begin` does with a step. held: see StatePlan. moved: but for what it saves and loads, which was told
+    of the step as it was given."""
+    staging, rows = step.staging, step.num_rows
+    saves, loads = (0, 0) if moved else (step.num_saves, step.num_loads)
     header = np.zeros(HEADER, np.int32)
-    header[:6] = STATES, rows, saves, loads, step.num_decode_rows, step.num_tokens
+    header[:8] = STATES, rows, saves, loads, step.num_decode_rows, step.num_tokens, moved, held is not None
     parts = [header, staging.row_slot[:rows], staging.row_start[:rows], staging.qo_indptr[: rows + 1]]
     parts += [staging.save_slot[:saves], staging.save_snapshot[:saves]]
     parts += [staging.load_snapshot[:loads], staging.load_slot[:loads]]
+    parts += [np.zeros(0, np.int32) if held is None else held.astype(np.int32)]
     np.concatenate(parts, out=message.view(np.int32)[: sum(map(len, parts))])
 
 
 @dataclass(frozen=True, slots=True)
 class StepStates:
-    """Of a step with so many tokens, see write_states: copies, for they are needed after the message."""
+    """Of a step with so many tokens, see write_states: copies, for they are needed after the message. meets: no sum
+    follows in which all ranks do."""
 
-    num_tokens: int
+    meets: bool
     num_decode_rows: int
     slots: Int32
     starts: Int32
     qo_indptr: Int32
     saves: tuple[Int32, Int32]
     loads: tuple[Int32, Int32]
+    held: BoolArray | None
 
 
 def read_states(message: Bytes) -> StepStates:
     """The same."""
     numbers = message.view(np.int32)
-    _, rows, saves, loads, decode, tokens = numbers[:6].tolist()
-    counts = [rows, rows, rows + 1, saves, saves, loads, loads]
+    _, rows, saves, loads, decode, tokens, moved, holds = numbers[:8].tolist()
+    counts = [rows, rows, rows + 1, saves, saves, loads, loads, rows * holds]
     cuts = np.cumsum([HEADER, *counts])
-    slots, starts, indptr, *copies = (numbers[a:b].copy() for a, b in itertools.pairwise(cuts.tolist()))
-    return StepStates(tokens, decode, slots, starts, indptr, (copies[0], copies[1]), (copies[2], copies[3]))
+    slots, starts, indptr, *copies, held = (numbers[a:b].copy() for a, b in itertools.pairwise(cuts.tolist()))
+    return StepStates(
+        moved or not tokens,
+        decode,
+        slots,
+        starts,
+        indptr,
+        (copies[0], copies[1]),
+        (copies[2], copies[3]),
+        held.astype(np.bool_) if holds else None,
+    )
+
+
+def write_settled(message: Bytes, counts: Int32) -> None:
+    """Of each row of the step, that many of its tokens are right."""
+    numbers = message.view(np.int32)
+    numbers[:2] = SETTLED, len(counts)
+    numbers[HEADER : HEADER + len(counts)] = counts
+
+
+def read_settled(message: Bytes) -> Int32:
+    """The same, a copy."""
+    numbers = message.view(np.int32)
+    return numbers[HEADER : HEADER + int(numbers[1])].copy()
 
 
 def write_ids(message: Bytes, token_ids: Int32) -> None:

@@ -94,6 +94,8 @@ class Rank:
                     self._logits(message)
                 elif kind == messages.STATES:
                     self._begin_states(message)
+                elif kind == messages.SETTLED:
+                    self._settle_states(message)
                 elif kind == messages.EMBEDDED:
                     self._embedded(message)
                 else:
@@ -122,11 +124,19 @@ class Rank:
 
         assert self._backend is not None and self._backend.states is not None
         told = messages.read_states(message)
-        plan = StatePlan(told.slots, told.qo_indptr, told.num_decode_rows)
+        plan = StatePlan(told.slots, told.qo_indptr, told.num_decode_rows, held=told.held)
         self._backend.states.apply(told.saves, told.loads, plan, told.starts)
-        if told.num_tokens == 0:
+        if told.meets:
             self._ranks.arrive()
             self._ranks.meet()
+
+    def _settle_states(self, message: Any) -> None:
+        from engine.distributed import messages
+
+        assert self._backend is not None and self._backend.states is not None
+        self._backend.states.settle(messages.read_settled(message))
+        self._ranks.arrive()
+        self._ranks.meet()
 
     def _embedded(self, message: Any) -> None:
         import torch

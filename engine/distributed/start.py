@@ -37,7 +37,7 @@ from engine.ops.attention.base import AttentionSpec, create_backend
 from engine.ops.invariance import promise
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import SLOT_BYTES, Layout
-from engine.ops.state import state_bytes
+from engine.ops.state import held_bytes, state_bytes
 
 MAX_RANKS = 64
 # Of a rank's part of logits that is handed over at once.
@@ -185,6 +185,8 @@ def _limits(
             sequences, num_snapshots = plan_states(each, config.cache, sequences, share)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, scheduler.max_num_seqs) + where)
+            if config.speculation.method is not None:
+                state_memory += given.plan_held(sequences, size * held_bytes(model.config.states, dtype))
         return paged_limits(
             given,
             everywhere,

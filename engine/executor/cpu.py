@@ -33,6 +33,7 @@ from engine.forward import (
     ForwardError,
     ForwardInput,
     ForwardOutput,
+    Int32Array,
     Limits,
     Staging,
 )
@@ -259,6 +260,18 @@ class CPUExecutor:
         if self._late is not None and self._late.aux_layers:
             model.aux_layers = self._late.aux_layers
 
+    def _move_states(self, states: States, step: ForwardInput) -> None:
+        """First of all, and whatever becomes of the step: the cache counts on what it has saved."""
+        states.move(step)
+
+    def _run_states(self, states: States, step: ForwardInput) -> None:
+        """A step as it runs comes next."""
+        states.run(plan_of(step))
+
+    def _settle_states(self, states: States, counts: Int32Array) -> None:
+        """Of each row, that many of its tokens are right."""
+        states.settle(counts)
+
     def _use_slots(self, slots: Sequence[int]) -> None:
         """What is computed next are rows of these seq slots; of one alone, however many."""
         if self._adapted is not None:
@@ -347,13 +360,13 @@ class CPUExecutor:
             extras.apply(step)
         states = self._states
         if states is not None:
-            states.move(step)
+            self._move_states(states, step)
         speculator = self._speculator
         if speculator is not None:
             speculator.apply(step)
             step = speculator.as_it_runs(step, self._last_token)
         if states is not None:
-            states.run(plan_of(step))
+            self._run_states(states, step)
         rows, tokens = step.num_rows, step.num_tokens
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
@@ -426,7 +439,7 @@ class CPUExecutor:
             chosen[places.rows] = drawn
         else:
             if states is not None:
-                states.settle(np.bincount(places.rows[taken], minlength=rows))
+                self._settle_states(states, np.bincount(places.rows[taken], minlength=rows).astype(np.int32))
             # In order, so that the last of a row stays.
             for row, token in zip(places.rows[taken].tolist(), drawn[taken].tolist(), strict=True):
                 chosen[row] = self._last_token[slots[row]] = token

@@ -227,14 +227,37 @@ def test_a_cache_of_fewer_bits(dtype: str) -> None:
     assert found[1] == found[3]
 
 
+STATES: dict[str, Any] = {
+    **{"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12},
+    **{"linear_value_head_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    **{"hidden_size": 64, "intermediate_size": 96, "vocab_size": 2304, "max_position_embeddings": 256},
+}
+
+
+def test_drafts_for_a_model_with_recurrent_states(tmp_path: Path) -> None:
+    """States follow the tokens that were right in all ranks."""
+    make_checkpoint(tmp_path, "Qwen3_5", **STATES)
+    options = {**OPTIONS, "tokenizer": str(DEMO_MODEL), "num_gpu_blocks_override": 64}
+    drafting = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "adaptive": False}
+    params = dataclasses.replace(GREEDY, max_tokens=40, prompt_logprobs=None)
+    hot = dataclasses.replace(params, temperature=1.1, seed=4, presence_penalty=0.5)
+    with LLM(str(tmp_path), tensor_parallel_size=2, **options) as llm:
+        expected = [llm.generate(PROMPTS, each) for each in (params, hot)]
+        longer = [[*p, *o.outputs[0].token_ids] for p, o in zip(PROMPTS, expected[0], strict=True)]
+        expected.append(llm.generate(longer, params))
+    with LLM(str(tmp_path), tensor_parallel_size=2, speculative_config=json.dumps(drafting), **options) as llm:
+        found = [llm.generate(prompts, each) for prompts, each in ((PROMPTS, params), (PROMPTS, hot), (longer, params))]
+        speculation = llm._built.engine.scheduler.speculation
+    assert list(map(tokens, found)) == list(map(tokens, expected))
+    # To the bit: drafts change nothing in ranks, either.
+    logprobs = [[output.outputs[0].logprobs for output in outputs] for outputs in (*found, *expected)]
+    assert all(all(each) for each in logprobs) and logprobs[:3] == logprobs[3:]
+    assert speculation is not None and speculation.num_draft_tokens > speculation.num_accepted_tokens > 0
+
+
 def test_recurrent_states(tmp_path: Path) -> None:
-    sizes = {
-        **{"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12},
-        **{"linear_value_head_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        **{"hidden_size": 64, "intermediate_size": 96, "vocab_size": 2304, "max_position_embeddings": 256},
-    }
-    make_checkpoint(tmp_path, "Qwen3_5", **sizes)
+    make_checkpoint(tmp_path, "Qwen3_5", **STATES)
     options = {**OPTIONS, "tokenizer": str(DEMO_MODEL), "num_gpu_blocks_override": 64}
     with LLM(str(tmp_path), **options) as one, LLM(str(tmp_path), tensor_parallel_size=2, **options) as two:
         first, second = one.generate(PROMPTS, GREEDY), two.generate(PROMPTS, GREEDY)

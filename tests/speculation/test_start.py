@@ -152,11 +152,3 @@ async def test_models_with_a_recurrent_state(directories: dict[str, Path], tmp_p
     for target in (directories["target"], tmp_path):
         with pytest.raises(StartupError, match=r"the draft model .* has a recurrent state, which does not go back"):
             build(target, method="draft_model", model=str(tmp_path), num_draft_tokens=3)
-    config = EngineConfig(
-        model=ModelOptions(path=str(tmp_path), dtype="float32", max_model_len=128),
-        device="cpu",
-        tensor_parallel_size=2,
-        speculation=SpeculationOptions(method="ngram", num_draft_tokens=3),
-    )
-    with pytest.raises(StartupError, match=r"\(ngram\): .* recurrent state do not go with --tensor-parallel-size$"):
-        build_engine(config)
