@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-import operator
 import queue
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ import numpy as np
 from engine.config import StartupError
 from engine.distributed import steps
 from engine.distributed.device_group import RankedGroup
+from engine.distributed.numbers import AdapterNumbers
 from engine.distributed.pages import (
     OF_PAGES,
     OF_STATES,
@@ -41,14 +39,12 @@ from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import PinnedWeights
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.cuda_group import Reading
 from engine.executor.cuda_pages import DevicePages
+from engine.executor.reading import Reading, digest_of
 from engine.executor.speculator import Positions
 from engine.forward import PARTS, ForwardInput, TokenMasks
 from engine.ops.ranks import RanksEndedError
 from engine.speculation.base import Proposer
-
-digest_of: Callable[[PinnedWeights], str] = operator.attrgetter("digest")
 
 
 class RankedExecutor(CUDAExecutor):
@@ -66,7 +62,7 @@ class RankedExecutor(CUDAExecutor):
 
     def _part_of(self, path: Path) -> tuple[Reading, Callable[[], PinnedWeights]]:
         """Of an adapter, this rank's, while all read theirs."""
-        reading = Reading(self._group, path.name.encode("unicode_escape").decode()[:100])
+        reading = Reading(self._group.beside, path)
 
         def read() -> PinnedWeights:
             found = self._read_adapter(path, reading.add_up)
@@ -89,17 +85,14 @@ class LeadingExecutor(RankedExecutor):
         self._telling = threading.Lock()
         # Held while all read an adapter.
         self._reading = threading.Lock()
-        self._numbers = itertools.count(1)
-        # What the others know adapters by, and those of what nobody has any more.
-        self._number_of: weakref.WeakKeyDictionary[PinnedWeights, int] = weakref.WeakKeyDictionary()
-        self._gone: deque[int] = deque()
+        self._numbers = AdapterNumbers()
         self._carrier = Carrier(self._group.ring.beside[PAGES], self._group.why)
         self.rank_pids: list[int] = []
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         """See CUDAExecutor. The others are told of it as it runs, drafts and all, when it does here."""
-        loads = [(index, self._numbered(weights)) for index, weights in forward_input.adapter_loads]
-        told = steps.Told(side.number, self._in_flight - 1, loads, self._take_gone())
+        loads = [(index, self._numbers.of(weights)) for index, weights in forward_input.adapter_loads]
+        told = steps.Told(side.number, self._in_flight - 1, loads, self._numbers.take_gone())
         masks = forward_input.masks
         if masks is not None and handle.positions is not None:
             told.sampled = handle.positions.rows.tolist()
@@ -131,27 +124,20 @@ class LeadingExecutor(RankedExecutor):
         """See Executor."""
         beside = self._group.ring.beside[ADAPTERS]
         with self._reading:
-            number = next(self._numbers)
+            number = self._numbers.next()
             # Where the group is over, what follows says so.
             with contextlib.suppress(RanksEndedError):
                 beside.send(steps.write_words(steps.COMMAND, {"number": number, "path": str(path.absolute())}))
             reading, read = self._part_of(path)
             weights = reading.run(read, digest_of)
-        self._number_of[weights] = number
-        weakref.finalize(weights, self._gone.append, number).atexit = False
+        self._numbers.note(number, weights)
         return weights
-
-    def _numbered(self, weights: PinnedWeights | None) -> int:
-        return 0 if weights is None else self._number_of[weights]
-
-    def _take_gone(self) -> list[int]:
-        return [self._gone.popleft() for _ in range(len(self._gone))]
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""
         if self._lost is None:
             super().drop_adapters(indices)
-            self._tell(steps.write_words(steps.DROP, {"indices": list(indices), "gone": self._take_gone()}))
+            self._tell(steps.write_words(steps.DROP, {"indices": list(indices), "gone": self._numbers.take_gone()}))
 
     def _capture_when_idle(self) -> None:
         """See Captures."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,17 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.distributed import messages
 from engine.distributed.members import Members
+from engine.distributed.numbers import AdapterNumbers
+from engine.distributed.ring import Ring, adapters_layout
+from engine.distributed.steps import COMMAND, write_words
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
+from engine.executor.reading import Adapter, Reading, digest_of
 from engine.executor.tables import PagedMetadata
-from engine.forward import PARTS, BoolArray, DeviceLostError, ForwardInput, Int32Array, Limits
+from engine.forward import PARTS, BoolArray, DeviceLostError, ForwardInput, ForwardOutput, Int32Array, Limits
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.lora import Rows
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
 from engine.ops.recording import Recordings
@@ -49,14 +55,20 @@ class Leader:
         self._expert_parallel: bool = job["expert_parallel"]
         self._on_lost: Callable[[], None] | None = None
         self._closed = False
-        file = Ranks.make_file(layout)
+        # Whose rows are computed now, where adapters are served.
+        self._whose: Rows | None = None
+        beside = adapters_layout(layout.size)
+        file, other = Ranks.make_file(layout), Ranks.make_file(beside)
         try:
             self.ranks = Ranks(file, layout, 0)
+            self.beside = Ring(Ranks(other, beside, 0))
             sizes = {"size": layout.size, "message": layout.message, "logits": layout.logits, "slot": layout.slot}
-            jobs = [{**job, "rank": rank, "file": file, "layout": sizes} for rank in range(1, layout.size)]
-            self.members = Members(jobs, (file,), self._gone)
+            job = {**job, "file": file, "layout": sizes, "beside": other}
+            jobs = [{**job, "rank": rank} for rank in range(1, layout.size)]
+            self.members = Members(jobs, (file, other), self._gone)
         finally:
-            os.close(file)  # mapped by now, and inherited
+            for each in (file, other):
+                os.close(each)  # mapped by now, and inherited
 
     def first(self) -> RankedModel:
         """Read the model in all ranks, as they do since they began. Raises StartupError."""
@@ -109,16 +121,29 @@ class Leader:
         if failure is not None:
             raise StartupError(failure)
 
+    def use(self, model: RankedModel) -> None:
+        """The model that computes from now on."""
+        adapted = model.own.adapted
+        self._whose = None if adapted is None else adapted.rows
+
+    def _adapters(self, count: int) -> Int32Array | None:
+        """Of so many rows."""
+        if self._whose is None or not self._whose.any:
+            return None
+        ids = self._whose.ids
+        return np.full(count, ids, np.int32) if isinstance(ids, int) else ids
+
     def ask(self, hidden: Tensor) -> None:
         """The other ranks are to compute their part of logits of these [R, hidden]."""
-        bytes_of = np.asarray(hidden.view(torch.uint8).reshape(-1).numpy())
-        messages.write_logits(self.ranks.next_message(), len(hidden), bytes_of)
+        bytes_of, count = np.asarray(hidden.view(torch.uint8).reshape(-1).numpy()), len(hidden)
+        messages.write_logits(self.ranks.next_message(), count, bytes_of, self._adapters(count))
         self.ranks.post()
 
     def tell_forward(self, token_ids: Tensor, groups: tuple[PagedMetadata, ...], types: Tensor | None) -> None:
         """The other ranks are to run this."""
         told = None if types is None else types.numpy()
-        messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told)
+        adapters = self._adapters(len(token_ids))
+        messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told, adapters)
         self.ranks.post()
 
     def tell_states(self, step: ForwardInput, held: BoolArray | None = None, *, moved: bool = False) -> None:
@@ -165,7 +190,7 @@ class Leader:
 
     def _gone(self, what: str) -> None:
         logger.error("%s", what)
-        self.ranks.end()
+        self._end()
         if self._on_lost is not None:
             self._on_lost()
 
@@ -175,13 +200,24 @@ class Leader:
 
     def fail(self) -> None:
         """This rank cannot go on, so none can."""
+        self._end()
+
+    def say_beside(self, value: Any) -> list[Any]:
+        """See Reading."""
+        try:
+            return self.beside.exchange(value)
+        except RanksEndedError:
+            raise StartupError(self.why()) from None
+
+    def _end(self) -> None:
         self.ranks.end()
+        self.beside.end()
 
     def close(self) -> None:
         """End the other ranks. Idempotent."""
         if not self._closed:
             self._closed = True
-            self.ranks.end()
+            self._end()
             self.members.close()
 
 
@@ -195,6 +231,7 @@ class RankedModel:
         self.config = own.config
         self.attention_spec = own.attention_spec
         self.linears, self.mixtures = own.linears, own.mixtures
+        self.adapted = own.adapted
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
@@ -305,12 +342,50 @@ class RankedExecutor(CPUExecutor):
         leader: Leader,
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
+        max_lora_rank: int = 64,
     ) -> None:
         # What drafts does so in this rank: the others see rows of several tokens.
         ranked = RankedAttention(attention)
         load = leader.load
-        super().__init__(model, limits, attention=ranked, dtype=dtype, load=load, proposer=proposer, late=late)
+        options: dict[str, Any] = {"load": load, "proposer": proposer, "late": late, "max_lora_rank": max_lora_rank}
+        super().__init__(model, limits, attention=ranked, dtype=dtype, **options)
         self._leader = leader
+        leader.use(model)
+        # Held while all read an adapter.
+        self._reading = threading.Lock()
+        self._numbers = AdapterNumbers()
+
+    def _take(self, model: Any) -> None:
+        """See CPUExecutor."""
+        super()._take(model)
+        self._leader.use(model)
+
+    def read_adapter(self, path: Path) -> Adapter:
+        """See Executor."""
+        with self._reading:
+            number = self._numbers.next()
+            # Where the group is over, what follows says so.
+            with contextlib.suppress(RanksEndedError):
+                self._leader.beside.send(write_words(COMMAND, {"number": number, "path": str(path.absolute())}))
+            reading = Reading(self._leader.say_beside, path)
+            weights = reading.run(lambda: self._read_adapter(path, reading.add_up), digest_of)
+        self._numbers.note(number, weights)
+        return weights
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor."""
+        super().drop_adapters(indices)
+        loads = [[index, 0] for index in indices]
+        with contextlib.suppress(StartupError):  # the group is over, which its watch says
+            self._leader.command(do="adapters", loads=loads, gone=self._numbers.take_gone())
+
+    def _run(self, step: ForwardInput) -> ForwardOutput:
+        """See CPUExecutor."""
+        if step.adapter_loads:
+            loads = [[index, self._numbers.of(weights)] for index, weights in step.adapter_loads]
+            with self._leader.lost():
+                self._leader.command(do="adapters", loads=loads, gone=self._numbers.take_gone())
+        return super()._run(step)
 
     def _move_states(self, states: States, step: ForwardInput) -> None:
         """See CPUExecutor."""

@@ -30,7 +30,7 @@ Int32 = npt.NDArray[np.int32]
 def message_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_pages_per_seq: int, num_groups: int) -> int:
     """What the largest forward takes."""
     arrays = num_groups * (2 * max_num_batched_tokens + max_num_seqs * max_pages_per_seq)
-    arrays += 4 * max_num_batched_tokens + 4 * (max_num_seqs + 1)
+    arrays += 5 * max_num_batched_tokens + 4 * (max_num_seqs + 1)
     arrays = max(arrays, 16 * (max_num_seqs + 1))  # saves and loads of states: of all that run, and of all that leave
     return max(LEAST_BYTES, 4 * (HEADER + arrays + 2 * num_groups))
 
@@ -42,25 +42,34 @@ class StepMetadata(PagedMetadata):
         pass
 
 
-def write_forward(message: Bytes, token_ids: Int32, groups: tuple[PagedMetadata, ...], types: Any | None) -> None:
-    """A forward of these tokens. types: int64 [tokens], or None."""
+def write_forward(
+    message: Bytes,
+    token_ids: Int32,
+    groups: tuple[PagedMetadata, ...],
+    types: Any | None,
+    adapters: Int32 | None = None,
+) -> None:
+    """A forward of these tokens. types: int64 [tokens], or None. adapters: whose each is, or nobody's."""
     first = groups[0]
     rows, tokens = first.num_rows, len(token_ids)
     header = np.zeros(HEADER, np.int32)
     header[:5] = FORWARD, rows, tokens, len(groups), types is not None
     counts = [len(group.kv_indices) for group in groups]
     header[5 : 5 + len(counts)] = counts
+    header[-1] = adapters is not None
     # What is eight bytes wide comes first, where its place is a multiple of eight.
     parts = [header, *(group.kv_slots.view(np.int32) for group in groups)]
     if types is not None:
         parts.append(types.view(np.int32))
     parts += [token_ids, first.positions, first.kv_len, first.last_page_len, first.qo_indptr, first.kv_indptr]
     parts += [group.kv_indices for group in groups]
+    if adapters is not None:
+        parts.append(adapters)
     numbers = message.view(np.int32)
     np.concatenate(parts, out=numbers[: sum(map(len, parts))])
 
 
-def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None]:
+def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None, Int32 | None]:
     """The same, as views of the message."""
     numbers = message.view(np.int32)
     _, rows, tokens, num_groups, typed, *counts = numbers[:HEADER].tolist()
@@ -82,7 +91,7 @@ def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None]
         group.kv_len, group.last_page_len = kv_len, last_page_len
         group.qo_indptr, group.kv_indptr, group.kv_indices = qo_indptr, kv_indptr, take(count)
         groups.append(group)
-    return token_ids, groups, types
+    return token_ids, groups, types, take(tokens) if numbers[HEADER - 1] else None
 
 
 def write_states(message: Bytes, step: ForwardInput, held: BoolArray | None = None, *, moved: bool = False) -> None:
@@ -159,16 +168,24 @@ def read_ids(message: Bytes) -> Int32:
     return numbers[HEADER : HEADER + int(numbers[1])]
 
 
-def write_logits(message: Bytes, rows: int, hidden: Bytes) -> None:
-    """Logits of `rows` hidden states are wanted."""
-    message[: 4 * HEADER].view(np.int32)[:2] = LOGITS, rows
-    message[4 * HEADER : 4 * HEADER + len(hidden)] = hidden
+def write_logits(message: Bytes, rows: int, hidden: Bytes, adapters: Int32 | None = None) -> None:
+    """Logits of `rows` hidden states are wanted. adapters: whose each is, or nobody's."""
+    numbers, at = message.view(np.int32), HEADER
+    numbers[:3] = LOGITS, rows, adapters is not None
+    if adapters is not None:
+        numbers[at : at + rows] = adapters
+        at += rows
+    message[4 * at : 4 * at + len(hidden)] = hidden
 
 
-def read_logits(message: Bytes, row_bytes: int) -> Bytes:
-    """The bytes of those hidden states."""
-    rows = int(message[: 4 * HEADER].view(np.int32)[1])
-    return message[4 * HEADER : 4 * HEADER + rows * row_bytes]
+def read_logits(message: Bytes, row_bytes: int) -> tuple[Bytes, Int32 | None]:
+    """The bytes of those hidden states, and their adapters."""
+    numbers, at = message.view(np.int32), HEADER
+    rows, adapters = int(numbers[1]), None
+    if numbers[2]:
+        adapters = numbers[at : at + rows]
+        at += rows
+    return message[4 * at : 4 * at + rows * row_bytes], adapters
 
 
 def write_text(message: Bytes, kind: int, value: Any) -> None:

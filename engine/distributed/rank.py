@@ -7,6 +7,7 @@ the parent lives. torch is imported once the job is known.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -61,6 +62,7 @@ class Rank:
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
 
+        from engine.distributed.ring import Ring, adapters_layout
         from engine.ops.parallel import ParallelGroup
         from engine.ops.ranks import Layout, Ranks
 
@@ -72,6 +74,11 @@ class Rank:
         self._model: CausalLM | None = None
         self._pending: CausalLM | None = None
         self._backend: AttentionBackend | None = None
+        layout = adapters_layout(self._ranks.size)
+        self._beside = Ring(Ranks(job["beside"], layout, job["rank"]))
+        # Adapters by the numbers that rank 0 has for them, which are told once all ranks have read them.
+        self._adapter_of: dict[int, Any] = {}
+        self._has_read = threading.Condition()
 
     def run(self) -> int:
         """Load, then do what comes."""
@@ -84,6 +91,7 @@ class Rank:
         self._answer(failure)
         if failure is not None:
             return 1
+        threading.Thread(target=self._read_adapters, name="adapters", daemon=True).start()
         with torch.inference_mode():
             while True:
                 message = self._ranks.receive()
@@ -109,7 +117,8 @@ class Rank:
 
         model, backend = self._model, self._backend
         assert model is not None and backend is not None
-        token_ids, groups, types = messages.read_forward(message)
+        token_ids, groups, types, adapters = messages.read_forward(message)
+        self._use(adapters)
         backend.plan(*groups)
         model.forward(
             torch.from_numpy(token_ids),
@@ -145,6 +154,7 @@ class Rank:
         from engine.models.parts.decoder import Decoder
 
         assert isinstance(self._model, Decoder)
+        self._use(None)
         self._model.embedded(torch.from_numpy(messages.read_ids(message)))
 
     def _logits(self, message: Any) -> None:
@@ -155,13 +165,52 @@ class Rank:
         output = self._groups[0].output
         assert output is not None
         width = output.in_features
-        hidden = messages.read_logits(message, width * self._dtype.itemsize)
+        hidden, adapters = messages.read_logits(message, width * self._dtype.itemsize)
+        self._use(adapters)
         output.answer(torch.from_numpy(hidden).view(self._dtype).view(-1, width))
+
+    def _use(self, adapters: Any | None) -> None:
+        """Whose each row of what is computed next is, int32 [rows]."""
+        if self._model is not None and (adapted := self._model.adapted) is not None:
+            adapted.rows.use(0 if adapters is None else adapters)
+
+    def _read_adapters(self) -> None:
+        """What rank 0 reads, at the same time."""
+        from engine.distributed import steps
+        from engine.executor.reading import Reading, digest_of, read_part
+        from engine.ops.ranks import RanksEndedError
+
+        try:
+            while True:
+                words = steps.read_words(self._beside.receive())
+                path = Path(words["path"])
+                reading = Reading(self._beside.exchange, path)
+                layers = None if self._model is None else self._model.adapted
+                read = functools.partial(read_part, path, layers, self._job["max_lora_rank"], reading)
+                if (weights := reading.follow(read, digest_of)) is not None:
+                    with self._has_read:
+                        self._adapter_of[words["number"]] = weights
+                        self._has_read.notify_all()
+                del weights, reading, read, layers
+        except RanksEndedError:
+            pass
+
+    def _put_adapters(self, loads: list[list[int]], gone: list[int]) -> None:
+        assert self._model is not None and self._model.adapted is not None
+        for index, number in loads:
+            if number:
+                with self._has_read:
+                    self._has_read.wait_for(functools.partial(self._adapter_of.__contains__, number))
+            self._model.adapted.put(index, self._adapter_of[number].branches if number else {})
+        for number in gone:
+            self._adapter_of.pop(number, None)
 
     def _obey(self, do: str, **given: Any) -> None:
         """A command of leader.py. Raises StartupError."""
         if do == "begin":
             self._make_backend(**given)
+        elif do == "adapters":
+            self._put_adapters(**given)
         elif do == "sleep":
             assert self._backend is not None
             if "kv_cache" in given["parts"]:
@@ -181,6 +230,9 @@ class Rank:
         elif do == "keep":
             # What every rank has read counts from now on; or what some could not, does not.
             if given["whole"]:
+                assert self._pending is not None
+                if self._model is not None and self._pending.adapted is not None:
+                    self._pending.adapted.take_over(self._model.adapted)
                 self._model = self._pending
                 self._groups.reverse()
             self._pending = None
@@ -233,6 +285,7 @@ class Rank:
             deterministic=job["deterministic"],
             quantisation=job["quantisation"],
             packed_input_bits=job["packed_input_bits"],
+            max_adapters=job["max_adapters"],
             group=group,
         )
 

@@ -39,6 +39,11 @@ def layouts_of(size: int) -> list[Layout]:
     return [Layout(size, PLACE_BYTES, section, slot=4096) for section in sections]
 
 
+def adapters_layout(size: int) -> Layout:
+    """Of the ring beside steps that have no ring."""
+    return layouts_of(size)[1 + ADAPTERS]
+
+
 def open_rings(files: Sequence[int], rank: int, size: int) -> Ring:
     """A rank's end of all of them, of which it is told by the steps'."""
     first, *beside = (Ring(Ranks(f, layout, rank)) for f, layout in zip(files, layouts_of(size), strict=True))

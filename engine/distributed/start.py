@@ -94,10 +94,12 @@ def start(given: Start) -> RankedExecutor:
         "headless": spec.headless,
         "threads": threads,
         "expert_parallel": config.expert_parallel,
+        "max_adapters": config.lora.max_loras if config.lora.enable else 0,
+        "max_lora_rank": config.lora.max_lora_rank,
     }
 
     def read(other: Path | None, group: ParallelGroup) -> CausalLM:
-        options: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu")}
+        options: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu"), "max_adapters": job["max_adapters"]}
         load = given.loader(**options, deterministic=bool(config.deterministic), group=group)
         return load(other)
 
@@ -126,7 +128,7 @@ def start(given: Start) -> RankedExecutor:
         sizes = {field: getattr(limits, field) for field in SIZES}
         leader.command(do="begin", kv_dtype=str(kv_dtype).removeprefix("torch."), **sizes)
         proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
-        options: dict[str, Any] = {"proposer": proposer, "late": late}
+        options: dict[str, Any] = {"proposer": proposer, "late": late, "max_lora_rank": config.lora.max_lora_rank}
         return RankedExecutor(model, limits, attention=own, dtype=dtype, leader=leader, **options)
     except BaseException:
         leader.close()
@@ -144,8 +146,8 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} needs the compiled kernels, and here it is {native.status()}"
     if native.type_code(dtype) is None:
         return f"{FLAG} {size} needs --dtype float32 or bfloat16"
-    if given.config.lora.enable:
-        return f"{FLAG} {size} does not go with --enable-lora so far"
+    if given.config.lora.max_lora_mib is not None:
+        return "--max-lora-mib is for GPUs: on a CPU an adapter takes what it needs"
     if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
         return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
     if given.config.expert_parallel and not given.spec.experts:
@@ -175,7 +177,7 @@ def _limits(
     config, context, report = given.config, given.context, given.report
     size, scheduler = config.tensor_parallel_size, config.scheduler
     if given.spec.bidirectional:
-        return encoder_limits(scheduler, context, given.spec.vocab_size)
+        return encoder_limits(scheduler, context, given.spec.vocab_size, config.lora.max_loras * config.lora.enable)
     with report.phase("KV cache"):
         everywhere = AllRanks(model.attention_spec.layers, size)
         sequences, num_snapshots, state_memory, where = scheduler.max_num_seqs, None, 0, " in all ranks"

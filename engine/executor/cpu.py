@@ -38,7 +38,7 @@ from engine.forward import (
     Staging,
 )
 from engine.groups import name_of
-from engine.lora.reader import read_adapter
+from engine.lora.reader import AddUp, read_adapter
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Weighed
 from engine.models.parts.decoder import Adapted
@@ -294,10 +294,13 @@ class CPUExecutor:
 
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor."""
+        return self._read_adapter(path)
+
+    def _read_adapter(self, path: Path, add_up: AddUp | None = None) -> AdapterWeights:
         layers = getattr(self._model, "adapted", None)
         if layers is None:
             raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
-        return read_adapter(path, layers, self._max_lora_rank)
+        return read_adapter(path, layers.whole or layers, self._max_lora_rank, add_up)
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""

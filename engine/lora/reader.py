@@ -47,7 +47,7 @@ MAX_NAME = 100
 _PIECE_BYTES = 1 << 22
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoadedWeights:
     """See words.AdapterWeights. branches: by the names of sites (AdaptedLayers). from_base: parts of them were made
     with the base's own weights (DoRA, biases), so other base weights need another reading."""
@@ -229,13 +229,17 @@ class _Reader:
         up = self._matrix(kinds["up"], (place.count, len(down)))
         scaling = self._scaling(path, kinds["down"], len(down))
         if isinstance(place.linear, Heads):
-            self._heads(place.linear, down, up.mul_(scaling))
+            self._heads(place, down, up.mul_(scaling))
             return
         self._add_factors(place, kinds, down, up.mul_(scaling), scaling)
 
-    def _heads(self, heads: Heads, down: Tensor, up: Tensor) -> None:
+    def _heads(self, place: Place, down: Tensor, up: Tensor) -> None:
         """B A of a module that latent attention multiplies head by head, its rows for keys turned."""
+        heads = place.linear
+        assert isinstance(heads, Heads)
         by_head = up.view(heads.count, heads.keys + heads.values, -1)
+        if place.part is not None and place.part.heads is not None:
+            by_head = by_head[slice(*place.part.heads)]
         turned = down.T.contiguous()
         for head, own in enumerate(by_head):
             keys, values = own.split_with_sizes([heads.keys, heads.values])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.ops.linear import Linear
+from engine.ops.lora import AdaptedLinear
 from engine.ops.norm import Normed, plain
 from engine.ops.ranks import Ranks
 
@@ -97,13 +98,19 @@ class SharedOutput(SharedEmbedding):
         assert shares[ranks.rank] == (first, first + own.out_features)
         # Both what is asked and what is answered must have room.
         most = ranks.layout.logits // (self._counts[0] * own.dtype.itemsize)
-        self._most = max(1, min(most, ranks.layout.message // (own.in_features * own.dtype.itemsize) - 1))
+        # With a hidden state goes whose it is.
+        self._most = max(1, min(most, ranks.layout.message // (own.in_features * own.dtype.itemsize + 4) - 1))
+        product = own.product if isinstance(own, AdaptedLinear) else None
+        self._adapters = None if product is None else product.rows
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[R, in_features] -> [R, out_features] of the same dtype, in rank 0."""
         x = plain(x)
         out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype)
+        whose = 0 if self._adapters is None else self._adapters.ids
         for begin in range(0, x.shape[0], self._most):
+            if self._adapters is not None and not isinstance(whose, int):
+                self._adapters.use(whose[begin : begin + self._most])
             piece = x[begin : begin + self._most].contiguous()
             self._ask(piece)
             parts = out[begin : begin + self._most].split_with_sizes(self._counts, 1)
@@ -112,6 +119,8 @@ class SharedOutput(SharedEmbedding):
             self._ranks.meet()
             for rank in range(1, self._ranks.size):
                 parts[rank].copy_(self._section(rank, len(piece)))
+        if self._adapters is not None:
+            self._adapters.use(whose)
         return out
 
     def answer(self, x: Tensor) -> None:

@@ -23,13 +23,17 @@ EXPERTS = ("experts", "shared experts", "clamped experts, sinks")
 def adapter(layers: AdaptedLayers, folder: Path, name: str) -> Path:
     """Factors for all modules, magnitudes where the base's numbers can be had, and rows of an embedding."""
     tensors = factors(layers, 3, len(name))
-    magnitudes = not any(each.is_table and each.site == OUTPUT for each in layers.places.values())
+    places = layers.places.values()
+    magnitudes = not any(isinstance(each.linear, Heads) or (each.is_table and each.site == OUTPUT) for each in places)
     for module, place in layers.places.items():
         if place.is_table:
             width, vocab = place.linear.in_features, place.count
             tensors[f"{PREFIX}{module}.lora_embedding_A"] = torch.randn(3, vocab) * 0.1
             tensors[f"{PREFIX}{module}.lora_embedding_B"] = torch.randn(width, 3)
-        elif not isinstance(place.linear, Heads) and magnitudes:
+        elif isinstance(place.linear, Heads):
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = torch.randn(3, place.linear.in_features) * 0.3
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = torch.randn(place.count, 3)
+        elif magnitudes:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = torch.rand(place.count) + 0.5
     return write(folder / "adapter", tensors, r=3, lora_alpha=6, use_dora=magnitudes)
 

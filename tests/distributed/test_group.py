@@ -16,12 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.build import build_engine
-from engine.config import LoraOptions, StartupError
+from engine.config import StartupError
 from engine.distributed.leader import RankedExecutor
 from engine.executor.cpu import CPUExecutor
-from engine.flags import DEMO_MODEL, parse
+from engine.flags import DEMO_MODEL
 from engine.llm import LLM, RequestOutput, SamplingParams
+from engine.lora.words import AdapterError
+from engine.models.loading.adapted import AdaptedLayers
+from engine.models.loading.load import load_model
+from engine.models.registry import read_spec
+from tests.lora.handmade import PREFIX, factors, write
 from tests.models.support import make_checkpoint
 
 OPTIONS: dict[str, Any] = {
@@ -34,6 +38,7 @@ OPTIONS: dict[str, Any] = {
     "num_gpu_blocks_override": 32,
 }
 PROMPTS = [[5, 6, 7, 8, 9], list(range(40, 75)), [11, 12, 13] * 11]
+BRIEF = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
 
 
@@ -275,7 +280,42 @@ def test_recurrent_states(tmp_path: Path) -> None:
         assert tokens(two.generate(PROMPTS, GREEDY)) == tokens(second)
 
 
-def test_adapters_are_refused() -> None:
-    config, _ = parse(["--device", "cpu", "--threads", "1", "--tensor-parallel-size", "2"])
-    with pytest.raises(StartupError, match="--tensor-parallel-size 2 does not go with --enable-lora so far"):
-        build_engine(dataclasses.replace(config, lora=LoraOptions(enable=True)))
+def an_adapter(folder: Path, rank: int) -> str:
+    """Factors and magnitudes for all layers of the demo model."""
+    options: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "max_adapters": 1}
+    layers = load_model(read_spec(DEMO_MODEL), DEMO_MODEL, **options).adapted
+    assert isinstance(layers, AdaptedLayers)
+    tensors = factors(layers, rank, rank)
+    for name, place in layers.places.items():
+        if not place.is_table and ".layers." in name:
+            tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = torch.rand(place.count) + 0.5
+    config = {"r": rank, "lora_alpha": 2 * rank, "use_dora": True}
+    tensors = {name: value for name, value in tensors.items() if ".layers." in name}
+    return str(write(folder / f"a{rank}", tensors, **config))
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """Read by both ranks, in and out of their places, beside drafts, behind sleep and other weights."""
+    paths = {f"a{rank}": an_adapter(tmp_path, rank) for rank in (1, 2, 3)}
+    given = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "lora_modules": paths, **OPTIONS}
+    drafting = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}}
+    prompts = [*PROMPTS, *PROMPTS, PROMPTS[0]]
+    names = ["a1", None, "a2", "a3", "a1", "a2", "a3"]
+    with LLM(str(DEMO_MODEL), **given) as one, LLM(str(DEMO_MODEL), tensor_parallel_size=2, **given, **drafting) as two:
+        first, second = (llm.generate(prompts, BRIEF, lora=names) for llm in (one, two))
+        assert tokens(first) == tokens(second)
+        assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
+        plain = one.generate(prompts, BRIEF)
+        assert sum(a != b for a, b in zip(tokens(first), tokens(plain), strict=True)) >= 5
+        two._wait(two._built.engine.sleep(2))
+        two._wait(two._built.engine.wake_up())
+        assert tokens(two.generate(prompts, BRIEF, lora=names)) == tokens(first)
+        two._wait(two._built.engine.load_weights(DEMO_MODEL))
+        assert tokens(two.generate(prompts, BRIEF, lora=names)) == tokens(first)
+        store = two._built.engine.adapters
+        assert store is not None
+        two._wait(store.unload("a2"))
+        (Path(paths["a3"]) / "adapter_model.safetensors").write_bytes(b"broken")
+        with pytest.raises(AdapterError, match="adapter a3"):
+            executor_of(two).read_adapter(Path(paths["a3"]))
+        assert tokens(two.generate(prompts[:2], BRIEF, lora=names[:2])) == tokens(first)[:2]

@@ -62,14 +62,15 @@ class Part:
     """What one of several ranks has of a place's layer. linear, order: its own, as in Place; None where it has nothing.
     rows int64 [outputs]: which outputs of the whole layer its own are, as the checkpoint orders them, ascending; None
     for all. columns: the inputs that it reads, [first, end), where products are added up over the ranks; None for all.
-    tokens: of an embedding, those it has the rows of. bias: float32, what is added to the sum of all. is_first: what
-    is added once in all is this rank's to add."""
+    tokens: of an embedding, those it has the rows of. heads: of Heads. bias: float32, what is added to the sum of all.
+    is_first: what is added once in all is this rank's to add."""
 
     linear: Layer | None
     order: Tensor | None = None
     rows: Tensor | None = None
     columns: tuple[int, int] | None = None
     tokens: tuple[int, int] | None = None
+    heads: tuple[int, int] | None = None
     bias: Tensor | None = None
     is_first: bool = True
 

@@ -28,10 +28,9 @@ def divide(
     for name, place in whole.places.items():
         of_site[place.site, place.is_table].append((name, place))
     for key, places in of_site.items():
-        if not isinstance(places[0][1].linear, Heads):
-            part = _part(places, ours.get(key), plan, biases, is_first=is_first)
-            for name, place in places:
-                whole.places[name] = dataclasses.replace(place, part=part)
+        part = _part(places, ours.get(key), plan, biases, is_first=is_first)
+        for name, place in places:
+            whole.places[name] = dataclasses.replace(place, part=part)
     own.whole = whole
 
 
@@ -42,6 +41,10 @@ def _part(
     if mine is None:  # of an expert that another rank has
         return Part(None)
     module, first = places[0]
+    if isinstance(heads := first.linear, Heads):
+        rows_of_heads = plan.tensors[f"{module}.weight"]
+        begin, end = (row // (heads.keys + heads.values) for row in rows_of_heads)
+        return Part(mine.linear, heads=(begin, end))
     if first.is_table:
         is_divided = f"{module}.weight" == embedding_name(plan.spec)
         return Part(mine.linear, tokens=plan.vocabulary if is_divided else None)
