@@ -172,7 +172,7 @@ class Rank:
     def _use(self, adapters: Any | None) -> None:
         """Whose each row of what is computed next is, int32 [rows]."""
         if self._model is not None and (adapted := self._model.adapted) is not None:
-            adapted.rows.use(0 if adapters is None else adapters)
+            adapted.rows.use(0 if adapters is None else adapters.copy())
 
     def _read_adapters(self) -> None:
         """What rank 0 reads, at the same time."""
