@@ -34,7 +34,12 @@ CODED_EXPERTS: dict[str, tuple[str, ...] | None] = {
     "Qwen3MoeForCausalLM": ("int4",),
     "MixtralForCausalLM": ("int4 and low", "int8"),
 }
-DRAFTED: list[dict[str, Any]] = [{"max_tokens": 60}, {"max_tokens": 60, "top_k": 5}, {"logprobs": 2}]
+DRAFTED: list[dict[str, Any]] = [
+    {"max_tokens": 60},
+    {"max_tokens": 60, "top_k": 5},
+    {"logprobs": 2},
+    {"repetition_penalty": 1.3, "bad_words": ((11,), (3, 5))},
+]
 EXTRAS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"frequency_penalty": 0.5, "presence_penalty": -0.5},
@@ -472,6 +477,9 @@ def main(names: list[str]) -> None:
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"drafts {way}", llama, way, "bfloat16", "auto", DRAFTED, drafts=True)
+            for architecture in ("Qwen3_5ForCausalLM", "FalconH1ForCausalLM"):
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                serve(f"drafts {architecture}", config, "auto", "bfloat16", "auto", DRAFTED, drafts=True)
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])
