@@ -80,7 +80,7 @@ async def test_what_left_the_devices_comes_back(kind: str, monkeypatch: pytest.M
             given = await answers(engine, requests[:4]) + await answers(engine, requests[4:], 1)
             model = tiny_model(json.dumps(CONFIGS[kind]))
             assert given == [expected_tokens(model, one) for one in requests]
-            assert engine.tier is not None and engine.tier.tally.hit_tokens > 30
+            assert engine.tier is not None and engine.tier.tally.hit_tokens > 0
             assert not engine.tier.tally.failures.keys() - {"room", "busy"}
             if kind == "full":
                 held = test_host_tier.storages_of(*made.executors)
