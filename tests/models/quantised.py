@@ -148,6 +148,16 @@ def nvfp4(*, divides: bool) -> Writer:
     return write
 
 
+def as_float4(writer: Writer, suffix: str) -> Writer:
+    """The same, with the pairs called what they are: F4 in the file, which counts the numbers."""
+
+    def write(weight: Tensor) -> Written:
+        tensors, meant = writer(weight)
+        return tensors | {suffix: tensors[suffix].view(torch.float4_e2m1fn_x2)}, meant
+
+    return write
+
+
 def mxfp4(weight: Tensor) -> Written:
     """compressed-tensors."""
     parts = weight.view(len(weight), -1, 32)

@@ -37,6 +37,8 @@ HEADERS: dict[str, tuple[Any, bytes, str]] = {
     "entry": ({"a": 3}, b"", "tensor a: its header entry is not an object"),
     "dtype": ({"a": entry(dtype="F7")}, bytes(24), "tensor a: unknown dtype 'F7'"),
     "dtype-type": ({"a": entry(dtype=["F32"])}, bytes(24), "tensor a: unknown dtype ['F32']"),
+    "pairs": ({"a": entry(dtype="F4", shape=[16, 3])}, bytes(24), "tensor a: F4 of shape [16, 3] has no whole bytes"),
+    "pairs-size": ({"a": entry(dtype="F4", shape=[16, 4])}, bytes(24), "tensor a: U8 [16, 2] takes 32 bytes but"),
     "shape": ({"a": entry(shape=[-2, -3])}, bytes(24), "tensor a: impossible shape [-2, -3]"),
     "shape-float": ({"a": entry(shape=[2.0, 3])}, bytes(24), "tensor a: impossible shape [2.0, 3]"),
     "dimensions": ({"a": entry(shape=[1] * 70)}, bytes(24), "tensor a: impossible shape [1, 1"),

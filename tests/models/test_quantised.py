@@ -69,6 +69,7 @@ FORMATS: dict[str, tuple[dict[str, Any], write.Writer, int]] = {
     "mxfp8": (groups(num_bits=8, type="float", group_size=32), write.float8((1, 32), exponents=True), 8),
     "nvfp4": (groups(type="float", group_size=16), write.nvfp4(divides=True), 8),
     "mxfp4": (groups(type="float", group_size=32), write.mxfp4, 8),
+    "mxfp4-typed": (groups(type="float", group_size=32), write.as_float4(write.mxfp4, ".weight_packed"), 8),
     "gptq-2": ({**GPTQ, "bits": 2}, write.gptq(2, 32), 8),
     "gptq-3": ({**GPTQ, "bits": 3}, write.gptq(3, 32, zero=True), 8),
     "gptq-4": ({**GPTQ, "bits": 4}, write.gptq(4, 32, negative=True), 8),

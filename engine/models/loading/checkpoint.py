@@ -35,6 +35,8 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
     "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
+# e2m1, two to a byte, which the shape counts and torch's does not: read as the bytes that quantisers store as U8.
+PAIRS = "F4"
 FLOATS = ("F64", "F32", "F16", "BF16")
 READ = FLOATS + DEQUANTISED
 # Of matrices that stay in four bits: blocks of numbers, and their scales.
@@ -257,10 +259,14 @@ def _read_entry(path: Path, entry: Any, data: int, size: int) -> StoredTensor:
     if not isinstance(entry, dict):
         raise ValueError("its header entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or (dtype not in ITEM_BYTES and dtype != PAIRS):
         raise ValueError(f"unknown dtype {dtype!r:.40}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"impossible shape {shape!r:.60}")
+    if dtype == PAIRS:
+        if not shape or shape[-1] % 2:
+            raise ValueError(f"{dtype} of shape {shape!r:.60} has no whole bytes in a row")
+        dtype, shape = "U8", [*shape[:-1], shape[-1] // 2]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"impossible data_offsets {offsets!r:.60}")
     begin, end = offsets
