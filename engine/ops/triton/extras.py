@@ -74,7 +74,10 @@ def adjust(
     rows, vocab = logits.shape
     assert logits.is_contiguous() and logits.dtype == torch.float32
     out = torch.empty_like(logits)
-    _adjust[(rows, triton.cdiv(vocab, BLOCK))](
+    drafted = counts is not None and drafts is not None
+    # What is counted is held over a loop: more of it would leave no registers for a second block.
+    block = BLOCK // 2 if drafted else BLOCK
+    _adjust[(rows, triton.cdiv(vocab, block))](
         logits,
         slots,
         logits if bias is None else bias,
@@ -87,8 +90,8 @@ def adjust(
         0 if drafts is None else drafts.shape[0],
         BIASED=bias is not None,
         PENALISED=counts is not None,
-        DRAFTED=counts is not None and drafts is not None,
-        BLOCK=BLOCK,
+        DRAFTED=drafted,
+        BLOCK=block,
         num_warps=4,
         **launch_options(),
     )
