@@ -8,6 +8,7 @@ from tests.cuda.test_coded import *  # noqa: F403
 from tests.cuda.test_decode_attention import *  # noqa: F403
 from tests.cuda.test_extras_kernel import *  # noqa: F403
 from tests.cuda.test_prompt_attention import *  # noqa: F403
+from tests.cuda.test_ranks_kernel import *  # noqa: F403
 from tests.cuda.test_recurrence_drafts import *  # noqa: F403
 from tests.cuda.test_triton import *  # noqa: F403
 
