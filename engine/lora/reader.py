@@ -294,9 +294,14 @@ class _Reader:
     def _bias(self, place: Place, name: str) -> None:
         """One that replaces the base's."""
         bias = self._vector(name, place.count)
-        before = base_bias(place) if is_here(place) else torch.zeros(place.count)
-        if place.part is not None and place.part.bias is not None:
-            before = place.part.bias.cpu()
+        part = place.part
+        before: Tensor | None
+        if part is not None and part.bias is not None:
+            before = part.bias.cpu()
+        elif not is_here(place) or (part is not None and part.columns is not None and not part.is_first):
+            before = torch.zeros(place.count)  # another rank's to add
+        else:
+            before = base_bias(place)
         if before is None:
             raise self._tensors.fail(name, "the base has no bias there; is the adapter of another base?")
         self._from_base = True
@@ -305,12 +310,22 @@ class _Reader:
     def _replace(self, place: Place, kinds: dict[str, str]) -> None:
         """A whole matrix of the adapter's own (modules_to_save)."""
         weight = self._matrix(kinds["weight"], (place.count, place.linear.in_features))
-        bias = self._vector(kinds["bias"], place.count) if "bias" in kinds else base_bias(place)
-        self._from_base = self._from_base or ("bias" not in kinds and bias is not None)
+        own = self._vector(kinds["bias"], place.count) if "bias" in kinds else None
+        parts, part = self._parts(place), place.part
+        if not is_here(place):
+            return
+        bias = base_bias(place) if own is None else own
+        if part is not None and part.columns is not None:  # a part of a sum, beside which a bias is added once
+            weight = weight[:, slice(*part.columns)]
+            if not part.is_first:
+                bias = None
+            elif part.bias is not None:
+                bias = None if own is None else own - part.bias.cpu()
+        self._from_base = self._from_base or (bias is not None and bias is not own)
         ours, theirs = own_rows(place)
         linear = Linear(weight[theirs].contiguous(), None if bias is None else bias[theirs].contiguous())
         linear.prepare(deterministic=True)
-        self._parts(place).replaced.append(Replaced(ours, linear))
+        parts.replaced.append(Replaced(ours, linear))
 
     def _token_outputs(self, path: str, place: Place, name: str) -> None:
         """Rows of the output layer (trainable tokens)."""
@@ -319,12 +334,13 @@ class _Reader:
         self._replace_outputs(place, ids, rows)
 
     def _replace_outputs(self, place: Place, ids: tuple[int, ...], rows: Tensor) -> None:
+        parts = self._parts(place)  # also where other ranks have all of these tokens
         own, rows = outputs_here(place, torch.tensor(ids), rows)
         if not len(own):
             return
         linear = Linear(rows.contiguous())
         linear.prepare(deterministic=True)
-        self._parts(place).replaced.append(Replaced(own, linear))
+        parts.replaced.append(Replaced(own, linear))
 
     # ---- embeddings
 

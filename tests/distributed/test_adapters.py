@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engine.lora.base import base_bias
 from engine.lora.reader import read_adapter
 from engine.models.loading.adapted import AdaptedLayers, Heads
 from engine.models.loading.weights import OUTPUT
@@ -22,6 +24,7 @@ EXPERTS = ("experts", "shared experts", "clamped experts, sinks")
 
 def adapter(layers: AdaptedLayers, folder: Path, name: str) -> Path:
     """Factors for all modules, magnitudes where the base's numbers can be had, and rows of an embedding."""
+    torch.manual_seed(len(name))
     tensors = factors(layers, 3, len(name))
     places = layers.places.values()
     magnitudes = not any(isinstance(each.linear, Heads) or (each.is_table and each.site == OUTPUT) for each in places)
@@ -38,11 +41,71 @@ def adapter(layers: AdaptedLayers, folder: Path, name: str) -> Path:
     return write(folder / "adapter", tensors, r=3, lora_alpha=6, use_dora=magnitudes)
 
 
+def whole_matrices(layers: AdaptedLayers, folder: Path, name: str) -> Path:
+    """Matrices of the adapter's own for layers that ranks add up and others, with biases where the base has some."""
+    draw = torch.Generator().manual_seed(len(name))
+    tensors, kinds = {}, set()
+    for module, place in layers.places.items():
+        if place.is_table or isinstance(place.linear, Heads) or module == "lm_head":
+            continue
+        kinds.add(module.rpartition(".")[2])
+        shape = place.count, place.linear.in_features
+        tensors[f"{PREFIX}{module}.weight"] = torch.randn(*shape, generator=draw) * 0.1
+        if name == "biases" and base_bias(place) is not None:
+            tensors[f"{PREFIX}{module}.bias"] = torch.randn(place.count, generator=draw)
+    return write(folder / "adapter", tensors, r=3, lora_alpha=6, modules_to_save=sorted(kinds))
+
+
+def biases(layers: AdaptedLayers, folder: Path, name: str) -> Path:
+    """Biases that replace the base's."""
+    draw = torch.Generator().manual_seed(len(name))
+    tensors = factors(layers, 3, len(name))
+    for module, place in layers.places.items():
+        if not place.is_table and not isinstance(place.linear, Heads) and base_bias(place) is not None:
+            tensors[f"{PREFIX}{module}.base_layer.bias"] = torch.randn(place.count, generator=draw)
+    return write(folder / "adapter", tensors, r=3, lora_alpha=6, bias="all")
+
+
+def output_tokens(layers: AdaptedLayers, folder: Path, name: str) -> Path:
+    """Two rows of the output layer, which one rank has."""
+    place = layers.places["lm_head"]
+    rows = torch.randn(2, place.linear.in_features, generator=torch.Generator().manual_seed(1))
+    name = f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"
+    return write(folder / "adapter", {name: rows}, r=3, lora_alpha=6, trainable_token_indices={"lm_head": [1, 5]})
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "expert_parallel"),
+    [
+        (whole_matrices, "biases", False),
+        (whole_matrices, "fused", False),
+        (whole_matrices, "experts", True),
+        (biases, "biases", False),
+        (biases, "clamped experts, sinks", False),
+        (output_tokens, "biases", False),
+    ],
+)
+def test_what_is_in_place_of_the_base(
+    make: Callable[[AdaptedLayers, Path, str], Path], name: str, expert_parallel: bool, tmp_path: Path
+) -> None:
+    compare(name, 2, expert_parallel, tmp_path, make)
+
+
 @pytest.mark.parametrize(
     ("name", "size", "expert_parallel"),
     [(name, sizes[-1], False) for name, (_, _, sizes) in FAMILIES.items()] + [(name, 2, True) for name in EXPERTS],
 )
 def test_parts_make_the_whole(name: str, size: int, expert_parallel: bool, tmp_path: Path) -> None:
+    compare(name, size, expert_parallel, tmp_path, adapter)
+
+
+def compare(
+    name: str,
+    size: int,
+    expert_parallel: bool,
+    tmp_path: Path,
+    make: Callable[[AdaptedLayers, Path, str], Path],
+) -> None:
     family, differing, _ = FAMILIES[name]
     sizes: dict[str, Any] = {**SIZES, **differing}
     if size == 3:
@@ -55,7 +118,7 @@ def test_parts_make_the_whole(name: str, size: int, expert_parallel: bool, tmp_p
     layers = whole.adapted
     assert isinstance(layers, AdaptedLayers)
     base = Runner(whole).logits(text, 7)
-    path = adapter(layers, tmp_path, name)
+    path = make(layers, tmp_path, name)
     layers.put(1, read_adapter(path, layers, 8).branches)
     layers.rows.use(1)
     expected = Runner(whole).logits(text, 7)
