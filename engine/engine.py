@@ -394,6 +394,7 @@ class Engine(Resting):
         if stages is not None:
             stages.published(done, handle, arrived, committed, self._progress_at, failed)
         self.admission.observe(self._progress_at)
+        # Last, so that nobody waits for masks that wait for the device's drafts.
         await self._masks.provided()
 
     def give_up(self) -> None:

@@ -136,13 +136,15 @@ class Captures(DecodeSteps):
 
     def decode_once(self, rows: int = 1) -> None:
         """A decode step of padding rows: its kernels are built and loaded before a client waits for them. Blocks."""
+        kinds = [("plain", each) for each in self.graphs.families] + [("filtered", False)]
         with self.layer.may_block():
-            for draw, adapted in [("plain", each) for each in self.graphs.families] + [("filtered", False)]:
-                key = self.graphs.key(rows, 1, 0, draw)._replace(adapted=adapted)
-                if self.attention.decode_needs_plan(key.size):
-                    # See capture_at_start.
-                    self.layer.synchronize(self._sides[0].computed)
-                self._warm_up(key, capture=False)
+            for side in self._sides[::2]:  # steps with drafts have kernels of their own
+                for draw, adapted in kinds:
+                    key = self.graphs.key(rows, 1, side.number, draw)._replace(adapted=adapted)
+                    if self.attention.decode_needs_plan(key.size):
+                        for each in self._sides[::2]:  # see capture_at_start
+                            self.layer.synchronize(each.computed)
+                    self._warm_up(key, capture=False)
             self.layer.synchronize_all()
 
     def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:

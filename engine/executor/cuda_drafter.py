@@ -1,5 +1,5 @@
-"""A draft model or a head on the device: its drafts go from its launches into the step's, and no host sees them before
-the step has ended.
+"""A draft model or a head on the device: its drafts go from its launches into the step's, and the host sees them when
+the step has ended, or while it runs where a grammar needs them.
 
 It keeps keys and values of its own in the pages of the target's sequences. Before a step it reads, by the shapes of
 decoding, the tokens that it has not read yet (every token a row), then goes on from the last of each sequence, one
@@ -346,7 +346,7 @@ class DeviceDrafter:
 
     def describe(self) -> str:
         """One line for the start-up table."""
-        at_once = f"up to {self._most} a row, unseen by the host before their step has ended"
+        at_once = f"up to {self._most} a row, seen by the host only where a grammar needs them"
         return f"{at_once}; attention {self.attention.describe()}"
 
     def warm_up(self) -> None:

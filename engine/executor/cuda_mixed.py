@@ -98,8 +98,10 @@ class MixedSteps(DeviceState):
             step = MixedStep(positions[:tokens], cells, every, prompts, decodes, side.parity)
             step.send = functools.partial(self._send_arrays, handle=handle)
             attention = self.attention.mixed(step)
-            known, most = (side.token_ids[:decodes], 1 + self.limits.max_draft_tokens) if side.has_drafts else (None, 1)
-            plan = plan_of(forward_input).on(side.row_slot[:rows], sent["qo_indptr"], known, most)
+            drafts, most = (
+                (side.token_ids[:decodes], 1 + self.limits.max_draft_tokens) if side.has_drafts else (None, 1)
+            )
+            plan = plan_of(forward_input).on(side.row_slot[:rows], sent["qo_indptr"], drafts, most)
 
             chunks = []
             for row, first, at, targets, k in self._extras.prompts(forward_input):
@@ -159,8 +161,8 @@ class MixedSteps(DeviceState):
                         return
                     given = logits, self._sampling, sent["sampled_slot"], sent["sampled_at"]
                     draw_tokens(*given, self._last_token, side.out, sent["sampled"], filtered=draw == "filtered")
-                    if known is not None:
-                        accept(known, side.out, side.row_slot, self._last_token)
+                    if drafts is not None:
+                        accept(drafts, side.out, side.row_slot, self._last_token)
                         if self._states is not None:
                             self._states.accept(side.out)
 

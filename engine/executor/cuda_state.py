@@ -297,7 +297,9 @@ class DeviceState:
             def tell(output: ForwardOutput, host: Int32Array) -> None:
                 handle.told = dict(zip(rows, host[:, 0].tolist(), strict=True))
 
-            is_early = handle.given is not None and handle.given.masks is not None
+            masks = None if handle.given is None else handle.given.masks
+            of_rows = handle.drafted.rows[rows] if handle.drafted is not None else rows
+            is_early = masks is not None and bool(np.isin(of_rows, masks.rows).any())
             host = self._bring(handle, found[:, None], tell, early=is_early)
             if is_early:  # masks are made behind them while the step runs
                 handle.early = host[:, 0]

@@ -80,7 +80,7 @@ class Speculator:
         assert both, "drafts need a proposer"
         self._early = proposer
         self._late = late
-        # Then nobody sees what it drafts before a step has ended: `as_it_runs` has but their number.
+        # Then the host sees what it drafts when a step runs or has ended: `as_it_runs` has but their number.
         self._on_device = late is not None and late.on_device
         self._proposer = FirstOf(both)  # to be told
         if late is not None:

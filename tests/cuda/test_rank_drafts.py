@@ -16,10 +16,11 @@ from engine.forward import ForwardInput
 from engine.request import Request
 from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.cuda.ranked import Machine, load_part, machine
-from tests.cuda.support import ALWAYS, TINY, any_shape, expected_tokens, requests_of, serve, tiny_model
+from tests.cuda.support import ALWAYS, HYBRID, TINY, any_shape, expected_tokens, requests_of, serve, tiny_model
 from tests.cuda.test_adapters import CAPACITY, adapters_of, expected
 from tests.cuda.test_adapters import asked as with_adapters
 from tests.cuda.test_drafts import Knowing
+from tests.cuda.test_drafts_beside import Telling, longer
 from tests.cuda.test_failures import asked
 from tests.sim.workload import Runs
 
@@ -81,6 +82,18 @@ async def test_by_flashinfer_with_what_looks_at_the_text() -> None:
 def noting(draw: Any, sampled: list[Any], step: ForwardInput, handle: CudaHandle, *given: Any, **options: Any) -> None:
     sampled.append(step.masks is not None and handle.positions is not None)
     draw(step, handle, *given, **options)
+
+
+async def test_of_a_model_with_states() -> None:
+    """They follow only what was right, in every rank."""
+    requests = longer(requests_of(5, 4))
+    with machine(2, config=HYBRID, seed=2) as made:
+        alone = await serve(made.leader, requests)
+    with machine(2, config=HYBRID, speculation=ALWAYS, seed=2) as made:
+        made.leader._draft_by(Telling(list(zip(requests, alone, strict=True)), 0.3))
+        drafts = counted(made)
+        assert await asyncio.wait_for(serve(made.leader, requests, speculation=ALWAYS), 300) == alone
+        assert drafts
 
 
 async def test_with_adapters(tmp_path: Path) -> None:
