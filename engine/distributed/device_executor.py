@@ -86,7 +86,7 @@ class LeadingExecutor(RankedExecutor):
         # Held while all read an adapter.
         self._reading = threading.Lock()
         self._numbers = AdapterNumbers()
-        self._carrier = Carrier(self._group.ring.beside[PAGES], self._group.why)
+        self._carrier = Carrier(self._group)
         self.rank_pids: list[int] = []
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from engine.config import StartupError
 from engine.distributed import steps
-from engine.distributed.ring import DATA_AT, LAST_BYTES, Ring
-from engine.executor.cuda_pages import DevicePages
+from engine.distributed.device_group import RankedGroup
+from engine.distributed.ring import DATA_AT, LAST_BYTES, PAGES, Ring
+from engine.executor.cuda_pages import DevicePages, OutOfMemoryError
 from engine.forward import DeviceLostError, Int32Array
 from engine.ops.ranks import RanksEndedError
 
@@ -34,29 +35,39 @@ def _between(ring: Ring, rank: int) -> Rows:
     return ring.ranks.section(rank)[DATA_AT:-LAST_BYTES]
 
 
+def _carry(act: Callable[[], Any]) -> list[Any]:
+    """What a rank says of what it was to do: why it cannot, where it may be asked again, and what it has found."""
+    try:
+        return [None, act()]
+    except StartupError as error:
+        return [str(error), None]
+    except OutOfMemoryError as error:
+        return [f"no device memory to copy pages: {' '.join(str(error).split())[:200]}", None]
+
+
 class Carrier:
     """Rank 0's end. cleansed: how often all ranks have been told to take what is no number out of pages, which is over
     in all of them before anything is copied."""
 
-    def __init__(self, ring: Ring, why: Callable[[], str]) -> None:
-        self.ring = ring
+    def __init__(self, group: RankedGroup) -> None:
+        self.ring = group.ring.beside[PAGES]
         self.cleansed = 0
         self.lock = threading.Lock()
-        self._why = why
+        self._group = group
 
     def all_do(self, own: Callable[[], Any], **words: Any) -> list[Any]:
         """Have all ranks do something, this one by `own`: what each says of it. Whoever calls holds the lock. Raises
-        StartupError where one cannot, DeviceLostError where the group is over."""
-        failure, said = None, None
+        StartupError where one cannot, DeviceLostError where the group is over, and whatever else `own` fails by: what
+        the others say of it would be taken for their answers to the next thing, so that ends the group."""
         try:
             self.ring.send(steps.write_words(steps.COMMAND, {**words, "cleansed": self.cleansed}))
-            try:
-                said = own()
-            except StartupError as error:
-                failure = str(error)
-            answers = self.ring.exchange([failure, said])
+            answers = self.ring.exchange(_carry(own))
         except RanksEndedError:
-            raise DeviceLostError(self._why()) from None
+            raise DeviceLostError(self._group.why()) from None
+        except BaseException as error:
+            what = " ".join(str(error).split())[:300]
+            self._group.fail(f"rank 0 failed as pages were copied: {type(error).__name__}: {what}")
+            raise
         for failure, _ in answers:
             if failure is not None:
                 raise StartupError(failure)
@@ -75,12 +86,7 @@ class CarryingRank:
         while True:
             words = steps.read_words(self._ring.receive())
             self._wait(words.pop("cleansed"))
-            failure, said = None, None
-            try:
-                said = self._obey(**words)
-            except StartupError as error:
-                failure = str(error)
-            self._ring.exchange([failure, said])
+            self._ring.exchange(_carry(functools.partial(self._obey, **words)))
 
     def _obey(self, do: str, kind: str, pages: Sequence[int] = ()) -> list[Any] | None:
         if do == "open":

@@ -23,6 +23,8 @@ from engine.forward import Int32Array
 
 Rows = npt.NDArray[np.uint8]
 
+# What a copy fails by where the device's memory is short, and nothing else is wrong with it.
+OutOfMemoryError = torch.OutOfMemoryError
 # Of pages' bytes; what is in here may have been written by an older version.
 LAYOUT_VERSION = 1
 # Pages are gathered and scattered in so many bytes at once, at most.

@@ -16,6 +16,7 @@ from engine.engine import Engine
 from engine.forward import DeviceLostError
 from engine.request import Request, SamplingParams
 from tests.cuda import test_host_tier, test_transfer
+from tests.cuda.fake_device import FakeDeviceError
 from tests.cuda.ranked import Machine, machine
 from tests.cuda.support import GROUPED, HYBRID, TINY, expected_tokens, requests_of, serve, tiny_model
 from tests.cuda.test_host_tier import answers, ask, prompts
@@ -131,5 +132,53 @@ async def test_a_rank_that_cannot_copy_ends_the_group() -> None:
         into = np.zeros((1, memory.page_bytes), np.uint8)
         with pytest.raises(DeviceLostError, match=r"rank 1.*an illegal address"):
             await asyncio.to_thread(memory.copy_out, np.array([1], np.int32), into)
+    finally:
+        made.leader.close()
+
+
+@pytest.mark.parametrize("where", [0, 1])
+async def test_a_rank_without_memory_for_a_copy_is_asked_again(where: int) -> None:
+    """What the others have said of the copy that failed is no answer to the next one."""
+    with divided("full", seed=2) as made:
+        close, made.leader.close = made.leader.close, lambda: None
+        await serve(made.leader, requests_of(2))
+        made.leader.close = close
+        device, launch = made.devices[where], made.devices[where].launch
+
+        def refuse(work: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+        def copy(memory: Any) -> None:
+            into = np.zeros((1, memory.page_bytes), np.uint8)
+            device.launch = refuse  # type: ignore[method-assign]
+            with pytest.raises(StartupError, match="no device memory to copy pages: CUDA out of memory"):
+                memory.copy_out(np.array([2], np.int32), into)
+            device.launch = launch  # type: ignore[method-assign]
+            for page in (3, 5, 1):
+                memory.copy_out(np.array([page], np.int32), into)
+                assert into[0].tobytes() == b"".join(parts_of(made, page))
+
+        def work() -> None:
+            zeros = device.zeros
+            device.zeros = lambda *given: refuse(given)  # type: ignore[assignment,method-assign,return-value]
+            with pytest.raises(StartupError, match="no device memory to copy pages"):
+                made.leader.page_memory()
+            device.zeros = zeros  # type: ignore[method-assign]
+            copy(made.leader.page_memory())
+
+        await asyncio.wait_for(asyncio.to_thread(work), 300)
+
+
+async def test_whatever_else_fails_in_rank_0_ends_the_group() -> None:
+    made = Machine(2, num_pages=28)
+    try:
+        memory = made.leader.page_memory()
+        made.devices[0].error = RuntimeError("an illegal address")
+        into = np.zeros((1, memory.page_bytes), np.uint8)
+        with pytest.raises(FakeDeviceError, match="an illegal address"):
+            await asyncio.to_thread(memory.copy_out, np.array([1], np.int32), into)
+        made.threads[0].join(300)
+        assert not made.threads[0].is_alive() and not made.errors
+        assert made.leader._group.why().startswith("rank 0 failed as pages were copied: FakeDeviceError: ")
     finally:
         made.leader.close()
