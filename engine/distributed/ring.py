@@ -1,8 +1,9 @@
-"""What rank 0 tells ranks on GPUs, and what all say to one another: bytes and JSON in the group's shared memory.
+"""What rank 0 tells the others, and what all say to one another: bytes and JSON in the group's shared memory.
 
-Unlike ranks on the host's cores (leader.py), which meet in every sum, these meet on their devices, where the host sees
-nothing of it: so every message is acknowledged, and the place of one is written again when all have read it. A message
-may be longer than its place, and comes in pieces then.
+For whoever does not meet in sums on the host: the steps of ranks on GPUs, which meet on their devices, and threads
+beside the steps, also those of ranks on the host's cores, whose steps need none (leader.py). So every message is
+acknowledged, and the place of one is written again when all have read it. A message may be longer than its place, and
+comes in pieces then.
 """
 
 from __future__ import annotations

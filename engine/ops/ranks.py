@@ -1,8 +1,8 @@
 """A group of processes that compute one model together, each its part: what they add up, and where they meet.
 
 One region of shared memory holds it all: words that are counted up and waited for (kernels_ranks.h), a slot of each
-rank for sums, a section of each rank for parts of logits, and two places for messages. Used by the executor's thread;
-`end` by any thread of any rank.
+rank for sums, a section of each rank for parts of logits, and two places for messages. Used by one thread of each rank,
+the executor's or one beside it (distributed/ring.py); `end` by any thread of any rank.
 """
 
 from __future__ import annotations
