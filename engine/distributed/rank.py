@@ -6,6 +6,7 @@ the parent lives. torch is imported once the job is known.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import orjson
 
@@ -23,6 +24,8 @@ from engine.config import StartupError
 if TYPE_CHECKING:
     from engine.models.parts.decoder import CausalLM
     from engine.ops.attention.base import AttentionBackend
+
+logger = logging.getLogger("oneloop.ranks")
 
 
 def main() -> int:
@@ -39,15 +42,26 @@ def main() -> int:
     if job.get("device") == "cuda":
         from engine.distributed import device_rank
 
-        status = device_rank.serve(job)
-        logging.shutdown()
-        os._exit(status)  # its device may wait for a rank that is gone, and so would a tidy end
+        _leave(device_rank.serve(job))  # its device may wait for a rank that is gone, and so would a tidy end
     from engine.ops.ranks import RanksEndedError
 
     try:
-        return Rank(job).run()
+        status = Rank(job).run()
     except RanksEndedError:
-        return 0
+        status = 0
+    except BaseException:
+        logger.exception("rank %d failed", job["rank"])
+        status = 1
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process. Not by the interpreter's own end, which takes standard input away from the thread that reads."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _end_with_parent() -> None:

@@ -110,3 +110,15 @@ def test_what_is_wrong_with_a_ranks_part_is_one_line_of_the_parents(tmp_path: Pa
     options = {"device": "cpu", "threads": 1, "max_model_len": 64, "tensor_parallel_size": 2}
     with pytest.raises(StartupError, match=r"down_proj.weight: row 63 has a scale that is not a finite number"):
         LLM(str(path), tokenizer=str(DEMO_MODEL), **options)
+
+
+def test_a_rank_that_fails_says_why_and_no_more() -> None:
+    """Its thread waits for the parent's end meanwhile."""
+    words = [sys.executable, "-m", "engine.distributed.rank"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b'{"rank": 3, "threads": 1}\n')
+        process.stdin.flush()
+        output = process.stdout.read().decode()
+        assert process.wait(60) == 1
+    assert output.startswith("ERROR oneloop.ranks: rank 3 failed\n") and output.endswith("KeyError: 'dtype'\n"), output
