@@ -21,8 +21,8 @@ import numpy as np
 
 from engine.config import StartupError
 from engine.distributed import steps
+from engine.distributed.adapters import FollowedAdapters, LeadingAdapters
 from engine.distributed.device_group import RankedGroup
-from engine.distributed.numbers import AdapterNumbers
 from engine.distributed.pages import (
     OF_PAGES,
     OF_STATES,
@@ -40,7 +40,7 @@ from engine.executor.cuda_adapters import PinnedWeights
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
 from engine.executor.cuda_pages import DevicePages
-from engine.executor.reading import Reading, digest_of
+from engine.executor.reading import Reading
 from engine.executor.speculator import Positions
 from engine.forward import PARTS, ForwardInput, TokenMasks
 from engine.ops.ranks import RanksEndedError
@@ -60,16 +60,11 @@ class RankedExecutor(CUDAExecutor):
         assert self._lost is not None
         return self._lost
 
-    def _part_of(self, path: Path) -> tuple[Reading, Callable[[], PinnedWeights]]:
+    def _read_part(self, path: Path, reading: Reading) -> PinnedWeights:
         """Of an adapter, this rank's, while all read theirs."""
-        reading = Reading(self._group.beside, path)
-
-        def read() -> PinnedWeights:
-            found = self._read_adapter(path, reading.add_up)
-            assert isinstance(found, PinnedWeights)
-            return found
-
-        return reading, read
+        found = self._read_adapter(path, reading.add_up)
+        assert isinstance(found, PinnedWeights)
+        return found
 
 
 class LeadingExecutor(RankedExecutor):
@@ -83,16 +78,14 @@ class LeadingExecutor(RankedExecutor):
         self._awaited: dict[int, TokenMasks] = {}
         # Held while something beside steps is told and done.
         self._telling = threading.Lock()
-        # Held while all read an adapter.
-        self._reading = threading.Lock()
-        self._numbers = AdapterNumbers()
+        self._shared = LeadingAdapters(self._group.ring.beside[ADAPTERS], self._group.beside)
         self._carrier = Carrier(self._group)
         self.rank_pids: list[int] = []
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         """See CUDAExecutor. The others are told of it as it runs, drafts and all, when it does here."""
-        loads = [(index, self._numbers.of(weights)) for index, weights in forward_input.adapter_loads]
-        told = steps.Told(side.number, self._in_flight - 1, loads, self._numbers.take_gone())
+        loads = [(index, self._shared.of(weights)) for index, weights in forward_input.adapter_loads]
+        told = steps.Told(side.number, self._in_flight - 1, loads, self._shared.take_gone())
         masks = forward_input.masks
         if masks is not None and handle.positions is not None:
             told.sampled = handle.positions.rows.tolist()
@@ -122,22 +115,13 @@ class LeadingExecutor(RankedExecutor):
 
     def read_adapter(self, path: Path) -> PinnedWeights:
         """See Executor."""
-        beside = self._group.ring.beside[ADAPTERS]
-        with self._reading:
-            number = self._numbers.next()
-            # Where the group is over, what follows says so.
-            with contextlib.suppress(RanksEndedError):
-                beside.send(steps.write_words(steps.COMMAND, {"number": number, "path": str(path.absolute())}))
-            reading, read = self._part_of(path)
-            weights = reading.run(read, digest_of)
-        self._numbers.note(number, weights)
-        return weights
+        return self._shared.read(path, functools.partial(self._read_part, path))
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""
         if self._lost is None:
             super().drop_adapters(indices)
-            self._tell(steps.write_words(steps.DROP, {"indices": list(indices), "gone": self._numbers.take_gone()}))
+            self._tell(steps.write_words(steps.DROP, {"indices": list(indices), "gone": self._shared.take_gone()}))
 
     def _capture_when_idle(self) -> None:
         """See Captures."""
@@ -157,7 +141,7 @@ class LeadingExecutor(RankedExecutor):
         if self._lost is not None:
             raise self._lost
         # Nobody reads weights meanwhile: the others would wait for that one here, and it for them there.
-        with self._reading, self._telling:
+        with self._shared.lock, self._telling:
             self._tell(steps.write_words(steps.COMMAND, {"do": do, **given}))
             try:
                 with carried_out(self._group):
@@ -231,9 +215,7 @@ class FollowingExecutor(RankedExecutor):
         super().__init__(*given, **options)
         self._running: deque[tuple[CudaHandle, TokenMasks | None]] = deque()
         self._begun: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # Adapters by the numbers that rank 0 has for them, which are told once all ranks have read them.
-        self._adapter_of: dict[int, PinnedWeights] = {}
-        self._has_read = threading.Condition()
+        self._shared = FollowedAdapters(self._group.ring.beside[ADAPTERS], self._group.beside, self._read_part)
         self._num_cleansed = 0
         self._has_cleansed = threading.Condition()
         threading.Thread(target=self._watch_device, name="device", daemon=True).start()
@@ -276,7 +258,7 @@ class FollowingExecutor(RankedExecutor):
                 if kind == steps.CAPTURE:
                     self._warm_up(GraphKey(*words), capture=True)
                 elif kind == steps.DROP:
-                    self._forget(words["gone"])
+                    self._shared.forget(words["gone"])
                     self.drop_adapters(words["indices"])
                 else:
                     self._obey(**words)
@@ -286,8 +268,8 @@ class FollowingExecutor(RankedExecutor):
         self._finish_but(steps.num_ahead(message))
         side = self._sides[steps.side_of(message)]
         given, told = steps.read_step(message, side.staging)
-        given.adapter_loads = [(index, self._adapter(number)) for index, number in told.adapters]
-        self._forget(told.gone)
+        given.adapter_loads = [(index, self._shared.of(number)) for index, number in told.adapters]
+        self._shared.forget(told.gone)
         handle = CudaHandle(given.step, given.num_rows, side, error=self._lost)
         if told.sampled is not None:
             rows = np.array(told.sampled, np.int64)
@@ -300,16 +282,8 @@ class FollowingExecutor(RankedExecutor):
 
     def _read_adapters(self) -> None:
         """What rank 0 reads, at the same time."""
-        beside = self._group.ring.beside[ADAPTERS]
         try:
-            while True:
-                words = steps.read_words(beside.receive())
-                reading, read = self._part_of(Path(words["path"]))
-                if (weights := reading.follow(read, digest_of)) is not None:
-                    with self._has_read:
-                        self._adapter_of[words["number"]] = weights
-                        self._has_read.notify_all()
-                del reading, read, weights
+            self._shared.follow()
         except RanksEndedError:
             pass
         except BaseException as error:
@@ -334,19 +308,6 @@ class FollowingExecutor(RankedExecutor):
         except BaseException as error:
             what = " ".join(str(error).split())[:300]
             self._group.fail(f"rank {self._group.rank} failed as pages were copied: {type(error).__name__}: {what}")
-
-    def _adapter(self, number: int) -> PinnedWeights | None:
-        if not number:
-            return None
-        with self._has_read:
-            # It has been read, if only just.
-            self._has_read.wait_for(lambda: number in self._adapter_of)
-            return self._adapter_of[number]
-
-    def _forget(self, gone: Sequence[int]) -> None:
-        with self._has_read:
-            for number in gone:
-                self._adapter_of.pop(number, None)
 
     def _take_masks(self, message: steps.Bytes) -> None:
         [(handle, masks)] = [each for each in self._running if each[1] is not None and not each[1].is_ready]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.distributed import messages
+from engine.distributed.adapters import LeadingAdapters
 from engine.distributed.members import Members
-from engine.distributed.numbers import AdapterNumbers
 from engine.distributed.ring import Ring, adapters_layout
-from engine.distributed.steps import COMMAND, write_words
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
-from engine.executor.reading import Adapter, Reading, digest_of
+from engine.executor.reading import Adapter
 from engine.executor.tables import PagedMetadata
 from engine.forward import PARTS, BoolArray, DeviceLostError, ForwardInput, ForwardOutput, Int32Array, Limits
 from engine.models.parts.decoder import CausalLM, Decoder
@@ -351,9 +349,7 @@ class RankedExecutor(CPUExecutor):
         super().__init__(model, limits, attention=ranked, dtype=dtype, **options)
         self._leader = leader
         leader.use(model)
-        # Held while all read an adapter.
-        self._reading = threading.Lock()
-        self._numbers = AdapterNumbers()
+        self._shared = LeadingAdapters(leader.beside, leader.say_beside)
 
     def _take(self, model: Any) -> None:
         """See CPUExecutor."""
@@ -362,29 +358,21 @@ class RankedExecutor(CPUExecutor):
 
     def read_adapter(self, path: Path) -> Adapter:
         """See Executor."""
-        with self._reading:
-            number = self._numbers.next()
-            # Where the group is over, what follows says so.
-            with contextlib.suppress(RanksEndedError):
-                self._leader.beside.send(write_words(COMMAND, {"number": number, "path": str(path.absolute())}))
-            reading = Reading(self._leader.say_beside, path)
-            weights = reading.run(lambda: self._read_adapter(path, reading.add_up), digest_of)
-        self._numbers.note(number, weights)
-        return weights
+        return self._shared.read(path, lambda reading: self._read_adapter(path, reading.add_up))
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""
         super().drop_adapters(indices)
         loads = [[index, 0] for index in indices]
         with contextlib.suppress(StartupError):  # the group is over, which its watch says
-            self._leader.command(do="adapters", loads=loads, gone=self._numbers.take_gone())
+            self._leader.command(do="adapters", loads=loads, gone=self._shared.take_gone())
 
     def _run(self, step: ForwardInput) -> ForwardOutput:
         """See CPUExecutor."""
         if step.adapter_loads:
-            loads = [[index, self._numbers.of(weights)] for index, weights in step.adapter_loads]
+            loads = [[index, self._shared.of(weights)] for index, weights in step.adapter_loads]
             with self._leader.lost():
-                self._leader.command(do="adapters", loads=loads, gone=self._numbers.take_gone())
+                self._leader.command(do="adapters", loads=loads, gone=self._shared.take_gone())
         return super()._run(step)
 
     def _move_states(self, states: States, step: ForwardInput) -> None:

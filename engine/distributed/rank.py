@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import os
 import signal
@@ -22,6 +21,7 @@ import orjson
 from engine.config import StartupError
 
 if TYPE_CHECKING:
+    from engine.executor.reading import Reading
     from engine.models.parts.decoder import CausalLM
     from engine.ops.attention.base import AttentionBackend
 
@@ -76,6 +76,7 @@ class Rank:
     def __init__(self, job: dict[str, Any]) -> None:
         import torch
 
+        from engine.distributed.adapters import FollowedAdapters
         from engine.distributed.ring import Ring, adapters_layout
         from engine.ops.parallel import ParallelGroup
         from engine.ops.ranks import Layout, Ranks
@@ -90,9 +91,7 @@ class Rank:
         self._backend: AttentionBackend | None = None
         layout = adapters_layout(self._ranks.size)
         self._beside = Ring(Ranks(job["beside"], layout, job["rank"]))
-        # Adapters by the numbers that rank 0 has for them, which are told once all ranks have read them.
-        self._adapter_of: dict[int, Any] = {}
-        self._has_read = threading.Condition()
+        self._shared = FollowedAdapters(self._beside, self._beside.exchange, self._read_part)
 
     def run(self) -> int:
         """Load, then do what comes."""
@@ -190,34 +189,30 @@ class Rank:
 
     def _read_adapters(self) -> None:
         """What rank 0 reads, at the same time."""
-        from engine.distributed import steps
-        from engine.executor.reading import Reading, digest_of, read_part
         from engine.ops.ranks import RanksEndedError
 
         try:
-            while True:
-                words = steps.read_words(self._beside.receive())
-                path = Path(words["path"])
-                reading = Reading(self._beside.exchange, path)
-                layers = None if self._model is None else self._model.adapted
-                read = functools.partial(read_part, path, layers, self._job["max_lora_rank"], reading)
-                if (weights := reading.follow(read, digest_of)) is not None:
-                    with self._has_read:
-                        self._adapter_of[words["number"]] = weights
-                        self._has_read.notify_all()
-                del weights, reading, read, layers
+            self._shared.follow()
         except RanksEndedError:
             pass
+        except BaseException:
+            # The others would wait for what this thread says, and that ends with the process.
+            logger.exception("rank %d failed at an adapter", self._ranks.rank)
+            _leave(1)
+
+    def _read_part(self, path: Path, reading: Reading) -> Any:
+        from engine.executor.reading import read_part
+
+        model = self._model  # read once: a command may take it away
+        layers = None if model is None else model.adapted
+        return read_part(path, layers, self._job["max_lora_rank"], reading)
 
     def _put_adapters(self, loads: list[list[int]], gone: list[int]) -> None:
         assert self._model is not None and self._model.adapted is not None
         for index, number in loads:
-            if number:
-                with self._has_read:
-                    self._has_read.wait_for(functools.partial(self._adapter_of.__contains__, number))
-            self._model.adapted.put(index, self._adapter_of[number].branches if number else {})
-        for number in gone:
-            self._adapter_of.pop(number, None)
+            weights = self._shared.of(number)
+            self._model.adapted.put(index, {} if weights is None else weights.branches)
+        self._shared.forget(gone)
 
     def _obey(self, do: str, **given: Any) -> None:
         """A command of leader.py. Raises StartupError."""

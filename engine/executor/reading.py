@@ -17,6 +17,9 @@ from engine.lora.words import AdapterError, AdapterWeights
 T = TypeVar("T")
 Adapter = AdapterWeights
 
+# Characters of what a rank says of an adapter that it cannot use.
+MAX_LINE = 1000
+
 
 def read_part(path: Path, layers: Any, max_rank: int, reading: Reading) -> Any:
     """A rank's LoadedWeights of an adapter. layers: the model's AdaptedLayers, None while it sleeps. Raises
@@ -76,8 +79,9 @@ class Reading:
         return [each[1] for each in said]
 
     def _fail(self, line: str) -> None:
+        """line: also of what a file holds, so of any length, and not all of it can be said."""
         if not self._over:
-            self._ask("", None, line)
+            self._ask("", None, line.encode(errors="backslashreplace").decode()[:MAX_LINE])
 
     def _ask(self, *words: Any) -> list[Any]:
         try:

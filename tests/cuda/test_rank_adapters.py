@@ -130,7 +130,7 @@ async def test_experts_of_which_each_rank_has_a_part_or_some(
 
 def parts_held(made: Machine) -> list[int]:
     """How many adapters the other ranks have in host memory."""
-    return [len(executor._adapter_of) for executor in made.executors[1:]]
+    return [len(executor._shared.parts) for executor in made.executors[1:]]
 
 
 async def test_they_come_and_go_while_the_ranks_run(tmp_path: Path) -> None:

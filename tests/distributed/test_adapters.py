@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from engine.distributed.adapters import FollowedAdapters, LeadingAdapters
+from engine.distributed.ring import Ring
+from engine.executor.reading import MAX_LINE
 from engine.lora.base import base_bias
 from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, Heads
 from engine.models.loading.weights import OUTPUT
-from engine.ops.ranks import Ranks
+from engine.ops.ranks import Ranks, RanksEndedError
 from tests.distributed.test_slices import FAMILIES, SIZES
 from tests.distributed.together import load_part, together
 from tests.lora.handmade import PREFIX, factors, write
@@ -134,3 +140,99 @@ def compare(
 
     parts = together(size, work)[0]
     assert relative_error(parts, expected) < 1e-4 < 0.01 < relative_error(base, expected)
+
+
+class Readers:
+    """Two ranks that read at once: rank 0, and another whose part comes of `read`, on a thread of its own."""
+
+    def __init__(self, ranks: Ranks, read: Callable[[Path, Any], Any]) -> None:
+        ring = Ring(ranks)
+        self.lead = LeadingAdapters(ring, ring.exchange)
+        self.others = FollowedAdapters(ring, ring.exchange, read)
+        self.error: BaseException | None = None
+
+    def follow(self) -> None:
+        try:
+            self.others.follow()
+        except BaseException as error:
+            self.error = error
+
+
+def read_together(read: Callable[[Path, Any], Any], lead: Callable[[LeadingAdapters, FollowedAdapters], None]) -> Any:
+    """The other's end. lead: what rank 0 does."""
+    readers: list[Any] = [None, None]
+    are_made = threading.Barrier(2)
+
+    def work(ranks: Ranks) -> None:
+        own = readers[ranks.rank] = Readers(ranks, read)
+        are_made.wait()
+        if ranks.rank:
+            own.follow()
+            return
+        try:
+            lead(own.lead, readers[1].others)
+        finally:
+            ranks.end()
+
+    together(2, work, slot=4096, logits=4 << 20)
+    return readers[1]
+
+
+class Part:
+    """Of an adapter."""
+
+    digest = "as the others have it"
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_a_rank_says_of_a_broken_file_can_be_said(where: int) -> None:
+    """Names of tensors are any JSON's, of any length."""
+    line = "\ud800 is broken" + "a" * (5 << 20)
+
+    def part(rank: int, path: Path) -> Part:
+        if path.name == "bad" and rank == where:
+            raise AdapterError(line)
+        return Part()
+
+    def lead(adapters: LeadingAdapters, others: FollowedAdapters) -> None:
+        kept = [adapters.read(Path("good"), lambda reading: part(0, Path("good")))]
+        with pytest.raises(AdapterError, match=r"^\\ud800 is brokena+$") as caught:
+            adapters.read(Path("bad"), lambda reading: part(0, Path("bad")))
+        assert len(str(caught.value)) == MAX_LINE
+        kept.append(adapters.read(Path("good"), lambda reading: part(0, Path("good"))))
+        assert [adapters.of(each) for each in kept] == [1, 3]
+        assert others.of(3) is not None
+
+    other = read_together(lambda path, reading: part(1, path), lead)
+    assert set(other.others.parts) == {1, 3} and isinstance(other.error, RanksEndedError)
+
+
+def test_adapters_that_are_never_used_are_forgotten_by_all() -> None:
+    """As those that are loaded in place of one another, while no step runs."""
+
+    def lead(adapters: LeadingAdapters, others: FollowedAdapters) -> None:
+        for number in range(1, 6):
+            latest = adapters.read(Path("a"), lambda reading: Part())
+            assert adapters.of(latest) == number and others.of(number) is not None
+            assert set(others.parts) <= {number - 1, number}
+            del latest
+            gc.collect()
+
+    read_together(lambda path, reading: Part(), lead)
+
+
+def test_nobody_waits_for_an_adapter_that_does_not_come() -> None:
+    def lead(adapters: LeadingAdapters, others: FollowedAdapters) -> None:
+        waiting = threading.Thread(target=wait, args=(others,))
+        waiting.start()
+        adapters._ring.end()
+        waiting.join(60)
+        assert not waiting.is_alive() and raised
+
+    def wait(others: FollowedAdapters) -> None:
+        with pytest.raises(RanksEndedError):
+            others.of(7)
+        raised.append(True)
+
+    raised: list[bool] = []
+    read_together(lambda path, reading: Part(), lead)

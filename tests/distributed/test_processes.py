@@ -12,15 +12,20 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bench.server import free_port, running
 from engine.config import StartupError
+from engine.distributed.rank import Rank
+from engine.executor.reading import Reading
 from engine.flags import DEMO_MODEL
 from engine.llm import LLM
+from engine.lora.words import AdapterError
 from engine.models.gguf.reader import open_gguf
+from engine.ops.ranks import RanksEndedError
 from tests.models.gguf.export import export
 from tests.models.support import make_checkpoint
 
@@ -122,3 +127,35 @@ def test_a_rank_that_fails_says_why_and_no_more() -> None:
         output = process.stdout.read().decode()
         assert process.wait(60) == 1
     assert output.startswith("ERROR oneloop.ranks: rank 3 failed\n") and output.endswith("KeyError: 'dtype'\n"), output
+
+
+def test_a_rank_whose_reader_of_adapters_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is to wait for what that thread says."""
+
+    class Broken:
+        def __init__(self, error: BaseException) -> None:
+            self.error = error
+
+        def follow(self) -> None:
+            raise self.error
+
+    statuses: list[int] = []
+    monkeypatch.setattr("engine.distributed.rank._leave", statuses.append)
+    for error in (RanksEndedError(), MemoryError()):
+        rank = Rank.__new__(Rank)
+        rank._shared, rank._ranks = Broken(error), SimpleNamespace(rank=1)  # type: ignore[assignment]
+        rank._read_adapters()
+    assert statuses == [1]
+
+
+def test_an_adapter_that_is_read_as_the_model_is_put_to_sleep() -> None:
+    models = iter([SimpleNamespace(adapted=None), None])
+
+    class Sleepy(Rank):
+        _model = property(lambda self: next(models))  # type: ignore[assignment]
+
+    rank = Sleepy.__new__(Sleepy)
+    rank._job = {"max_lora_rank": 8}
+    path = Path("a")
+    with pytest.raises(AdapterError, match="the model sleeps"):
+        rank._read_part(path, Reading(lambda value: [value], path))
