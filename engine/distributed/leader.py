@@ -175,6 +175,10 @@ class Leader:
             yield
         except RanksEndedError:
             raise DeviceLostError(self.why()) from None
+        except StartupError as error:
+            # What another could not do; or why there is none.
+            self.fail()
+            raise DeviceLostError(str(error)) from None
         except BaseException as error:
             self.fail()
             logger.exception("rank 0 failed amid a step")

@@ -20,6 +20,7 @@ from engine.config import StartupError
 from engine.distributed.leader import RankedExecutor
 from engine.executor.cpu import CPUExecutor
 from engine.flags import DEMO_MODEL
+from engine.forward import DeviceLostError
 from engine.llm import LLM, RequestOutput, SamplingParams
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers
@@ -145,7 +146,7 @@ def test_ranks_do_not_mind_what_a_terminal_sends(two: LLM) -> None:
     assert len(tokens(two.generate(PROMPTS, GREEDY))) == 3
 
 
-def test_a_rank_that_dies_while_nothing_runs_ends_the_engine() -> None:
+def test_a_rank_that_dies_while_nothing_runs_ends_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(str(DEMO_MODEL), tensor_parallel_size=2, **OPTIONS) as llm:
         engine, [pid] = llm._built.engine, executor_of(llm).rank_pids
         os.kill(pid, signal.SIGKILL)
@@ -156,6 +157,20 @@ def test_a_rank_that_dies_while_nothing_runs_ends_the_engine() -> None:
             return engine.failed
 
         assert llm._wait(failed())
+        leader, what = executor_of(llm)._leader, rf"rank 1 \(process {pid}\) was killed by signal 9"
+        with pytest.raises(DeviceLostError, match=f"^{what}$"), leader.lost():
+            leader.command(do="adapters", loads=[], gone=[])
+        assert not any(record.exc_info for record in caplog.records if record.name == "oneloop.ranks")
+
+
+def test_a_step_for_which_a_rank_has_no_memory_ends_the_group() -> None:
+    """It says so itself; the others have what it has not."""
+    with LLM(str(DEMO_MODEL), tensor_parallel_size=2, **OPTIONS) as llm:
+        leader = executor_of(llm)._leader
+        with pytest.raises(DeviceLostError, match=r"^no memory for it$"), leader.lost():
+            raise StartupError("no memory for it")
+        with pytest.raises(DeviceLostError, match=r"^the ranks have ended$|^rank 1 "), leader.lost():
+            leader.meet()
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix"])
