@@ -483,7 +483,8 @@ def noise(tensor: Tensor, rng: random.Random) -> Tensor:
     return torch.frombuffer(bytearray(rng.randbytes(size)), dtype=tensor.dtype).view(tensor.shape)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# Tensors of pairs of four bits are bytes by another name, and torch copies none.
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith("-typed")])
 def test_whatever_is_wrong_is_one_line(name: str, tmp_path: Path) -> None:
     """Every tensor of a weight changed in every way: it is read, or a StartupError says why not."""
     config, writer, _ = FORMATS[name]
