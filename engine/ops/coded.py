@@ -21,6 +21,9 @@ from engine.ops.norm import Normed, plain
 # Weights along a row that share a scale; of places in a table half of them may.
 CODE_BLOCK = 32
 
+# What scales of "e4m3" are to be below: kernels hold 2^120 times as much.
+FLOAT8_SCALES = 128.0
+
 # By name, as the kernels number them: integers of four bits from 0 on (of which 8 is taken, or a number is added to
 # their product with the scale), of eight with a sign, floats, and places in a table of 16 numbers, of which that of
 # small floats is known.
@@ -43,15 +46,10 @@ def fits(form: str, group: int) -> bool:
     return form in CODE_FORMS and group % (CODE_BLOCK // 2 if form in ("e2m1", "table") else CODE_BLOCK) == 0
 
 
-def most_scale(form: str) -> float:
-    """What scales are to be below: kernels hold 2^120 times those of floats of eight bits."""
-    return 128.0 if form == "e4m3" else torch.inf
-
-
 class CodedLinear(Linear):
     """form, group: see `fits`. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece but the
-    last ends at a multiple of `piece_rows`. table: 16 numbers, of the form that has its own. Scales are to be
-    below `most_scale`."""
+    last ends at a multiple of `piece_rows`. table: 16 numbers, of the form that has its own. Scales of
+    "e4m3" are below FLOAT8_SCALES."""
 
     def __init__(
         self,
