@@ -7,12 +7,15 @@ young, or late; those that cost more come while nothing runs.
 from __future__ import annotations
 
 import gc
+import importlib
 import importlib.util
 import math
 import os
 import sys
 import threading
 from pathlib import Path
+
+from engine import later
 
 # Objects more than went, at which what is new since is looked through: a millisecond. Smaller means as much in all.
 NEW = 5_000
@@ -26,13 +29,19 @@ QUIET_S, BETWEEN_S = 1.0, 60.0
 # It is quiet while the loop works less than this share of its time, and no thread makes many objects.
 QUIET_SHARE, QUIET_OBJECTS = 0.05, 1_000
 
+# Packages of a start with libraries of their own. The loader has one lock: where torch's is being mapped, they wait.
+WITH_LIBRARIES = (
+    *("aiohttp.web", "jinja2", "llguidance", "numpy", "orjson", "tokenizers", "uvloop"),
+    *("multiprocessing.shared_memory", "resource", "statistics"),
+)
 
 # Whether `begin` has turned the collector off.
 _collects_later = False
 
 
 def begin() -> threading.Thread | None:
-    """Called before anything large is imported. Returns the thread that maps torch's largest library, if one does.
+    """Called before anything large is imported. Returns the thread that maps torch's largest library, if one does; then
+    what no server needs of torch is imported when it is asked for.
 
     Until `imported` no garbage is collected: what is imported stays, and to look through it over and over takes a
     twelfth of the imports' time.
@@ -48,6 +57,9 @@ def begin() -> threading.Thread | None:
     # Where there are GPUs torch looks for its libraries in more places.
     if library is None or (library.parent / "libtorch_cuda.so").exists():
         return None
+    later.begin()
+    for name in WITH_LIBRARIES:
+        importlib.import_module(name)
     # A process that ends is to wait for it: half a library cannot be left.
     thread = threading.Thread(target=_map, args=(library,), name="torch's library")
     thread.start()

@@ -221,6 +221,21 @@ def test_torchs_library_is_mapped_beside_what_is_imported() -> None:
     assert printed == "True False\n3.0\n"
 
 
+def test_nobody_waits_for_the_loader_while_it_maps() -> None:
+    printed = run(
+        "import sys\n"
+        "from engine.process import begin\n"
+        "if begin() is None: sys.exit(print([]))\n"
+        "before = set(sys.modules)\n"
+        "import engine.build, engine.report, server.app, server.serving, engine.watchdog, server.trace_file\n"
+        "from server import accounts, handover, kv_events, spans\n"
+        "assert 'torch' not in sys.modules\n"
+        "later = {name: getattr(sys.modules[name], '__file__', None) or '' for name in set(sys.modules) - before}\n"
+        "print(sorted(name for name, file in later.items() if file.endswith('.so')))"
+    )
+    assert printed == "[]\n"
+
+
 def test_the_phases_add_up_to_the_start() -> None:
     report = StartupReport(time.perf_counter() - 100.0)
     report.phases["imports"] = 60.0

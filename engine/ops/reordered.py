@@ -13,6 +13,12 @@ from engine.ops.linear import Linear
 from engine.ops.norm import Normed, plain
 
 
+def permuted(x: Tensor, order: Tensor, dim: int = 0) -> Tensor:
+    """x.index_select(dim, order). A "meta" tensor is cut to that shape, all it has: torch would import operators
+    for more (engine/later.py), half a second."""
+    return x.narrow(dim, 0, len(order)) if x.device.type == "meta" else x.index_select(dim, order.to(x.device))
+
+
 class ReorderedLinear(Linear):
     """inner: made of columns `order`, int64 [in_features], of the weight."""
 

@@ -18,7 +18,7 @@ from engine.config import StartupError
 from engine.models.families import llama
 from engine.models.fields import Fields
 from engine.models.loading.checkpoint import StoredTensor, find_tensors, read_integers
-from engine.models.loading.weights import CheckpointWeights, ShapeRecorder
+from engine.models.loading.weights import CheckpointWeights, recorded
 from engine.models.mixers import GroupedQueryAttention, NormSpec
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
@@ -212,9 +212,8 @@ def load_eagle3(
     names = {"layer": prefix, "own": "embed_tokens.weight" if "embed_tokens.weight" in stored else ""}
     if not names["own"] and spec.llama.hidden_size != target.config.hidden_size:
         raise StartupError(f"{directory}: tensor embed_tokens.weight is missing, and the model's is of another width")
-    recorder = ShapeRecorder(dtype)
-    Eagle3Head(spec, recorder, target, names, max_model_len)
-    with CheckpointWeights(dtype, device, directory, stored, recorder.shapes) as weights:
+    shapes, _ = recorded(lambda source: Eagle3Head(spec, source, target, names, max_model_len), dtype)
+    with CheckpointWeights(dtype, device, directory, stored, shapes) as weights:
         head = Eagle3Head(spec, weights, target, names, max_model_len)
     head.target_ids = _target_ids(directory, d2t, spec).to(device)
     return head

@@ -19,7 +19,7 @@ from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.finding import are_equal, find_model_tensors
-from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights, ShapeRecorder
+from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights, recorded
 from engine.models.parts.decoder import Decoder, Layer, embedding_name, layer_attention
 from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import rope_table
@@ -184,9 +184,8 @@ def load_mtp(
     for name in (layout.output, layout.embedding):
         if name is not None and prefix + name not in own.values():
             tensors.pop(prefix + name, None)
-    recorder = ShapeRecorder(dtype)
-    MtpHead(spec, layout, recorder, target, own, max_model_len)
-    with CheckpointWeights(dtype, device, directory, tensors, recorder.shapes) as weights:
+    shapes, _ = recorded(lambda source: MtpHead(spec, layout, source, target, own, max_model_len), dtype)
+    with CheckpointWeights(dtype, device, directory, tensors, shapes) as weights:
         return MtpHead(spec, layout, weights, target, own, max_model_len)
 
 

@@ -19,11 +19,7 @@ from engine.models.loading.divided import divide
 from engine.models.loading.finding import find_model_tensors, settle_output
 from engine.models.loading.packed import PackedWeights
 from engine.models.loading.slices import Group, SlicedWeights, plan_of
-from engine.models.loading.weights import (
-    DummyWeights,
-    ShapeRecorder,
-    Weights,
-)
+from engine.models.loading.weights import DummyWeights, Weights, recorded
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.streams import make_decoder
 from engine.models.spec import ModelSpec
@@ -118,14 +114,18 @@ def _load(
         if directory.is_dir() and (directory / "adapter_config.json").exists():
             logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         spec = settle_output(spec, stored, directory, dtype)
-    recorder = ShapeRecorder(dtype)
-    whole = AdaptedLayers(spec, max_adapters) if max_adapters and group is not None else None
-    make_decoder(spec, recorder if whole is None else AdaptedSource(recorder, whole), context)
+
+    def record(recorder: Weights) -> AdaptedLayers | None:
+        layers = AdaptedLayers(spec, max_adapters) if max_adapters and group is not None else None
+        make_decoder(spec, recorder if layers is None else AdaptedSource(recorder, layers), context)
+        return layers
+
+    shapes, whole = recorded(record, dtype)
     weights: Weights
     if load_format == "dummy":
-        weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
+        weights = DummyWeights(dtype, device, seed, shapes, progress)
     else:
-        weights = PackedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
+        weights = PackedWeights(dtype, device, directory, stored, shapes, progress, assumed=spec.assumed)
         weights.quantisation = quantisation
         weights.packed_input_bits = packed_input_bits
     weights.deterministic = deterministic
@@ -133,9 +133,9 @@ def _load(
         if group is not None:
             plan = plan_of(spec, group.rank, group.size, expert_parallel=group.expert_parallel)
             if whole is None:
-                return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
+                return make_decoder(plan.spec, SlicedWeights(weights, plan, group, shapes), context)
             layers = AdaptedLayers(plan.spec, max_adapters)
-            sliced = SlicedWeights(weights, plan, group, recorder.shapes, AdaptedSource(weights, layers))
+            sliced = SlicedWeights(weights, plan, group, shapes, AdaptedSource(weights, layers))
             model = make_decoder(plan.spec, sliced, context)
             divide(whole, layers, plan, sliced.biases, is_first=group.rank == 0)
             model.adapted = layers

@@ -14,12 +14,13 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine import later
 from engine.config import StartupError
 from engine.models.gguf.dequantise import dequantise
 from engine.models.gguf.types import BY_NAME
@@ -33,6 +34,7 @@ from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
 from engine.ops.lora import Rows, StackedSites
+from engine.ops.reordered import permuted
 
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
@@ -65,6 +67,7 @@ TORCH_DTYPES = {
 
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 
 
 class Weights:
@@ -125,9 +128,8 @@ class Weights:
         stack = self.stacked([f"{name}.weight" for name in names], [rows] * len(names), columns)
         stack = stack.view(count, -1, columns)
         if order is not None:
-            order = order.to(stack.device)
             for matrix in stack:
-                matrix.copy_(matrix.index_select(0, order))
+                matrix.copy_(permuted(matrix, order))
         return stack
 
     def linear(
@@ -150,8 +152,7 @@ class Weights:
         if order is not None:
             for part in (weight, bias_vector):
                 if part is not None:
-                    # By an index in brackets torch would import sympy where only shapes are recorded: half a second.
-                    part[: len(order)] = part.index_select(0, order.to(part.device))
+                    part[: len(order)] = permuted(part, order)
         linear = Linear(weight, bias_vector, activation)
         del weight  # `prepare` may replace it, and then it must go at once
         self.prepare(linear)
@@ -208,6 +209,18 @@ class ShapeRecorder(Weights):
 
     def prepare(self, linear: Linear, *, keep_rows: bool = False) -> None:
         pass
+
+
+def recorded(make: Callable[[ShapeRecorder], T], dtype: torch.dtype) -> tuple[Shapes, T]:
+    """The shapes of all tensors that `make` asks its source for, and what it makes of them."""
+    recorder = ShapeRecorder(dtype)
+    try:
+        made = make(recorder)
+    except NotImplementedError:  # torch has not imported an operator of "meta" tensors
+        if not later.everything():
+            raise
+        made = make(recorder)
+    return recorder.shapes, made
 
 
 class CheckpointWeights(Weights):

@@ -18,6 +18,7 @@ from engine.ops.activation import Clamped, by_rows
 from engine.ops.experts import Activation, Choice, Mixture
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain, rms_norm
+from engine.ops.reordered import permuted
 
 
 def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
@@ -263,7 +264,7 @@ def make_mixture(spec: Experts, source: Source, prefix: str, hidden_size: int) -
     if spec.bias:
         rows = 2 * inner * count // len(ups)
         first = source.stacked([f"{name}.bias" for name in ups], [rows] * len(ups)).view(count, -1)
-        first = first if order is None else first.index_select(1, order.to(first.device))
+        first = first if order is None else permuted(first, order, 1)
         biases = first, source.stacked([f"{name}.bias" for name in downs], [hidden_size] * count).view(count, -1)
     options: Any = {"total": spec.num_experts, "held": spec.held}
     given = (count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)

@@ -10,6 +10,7 @@ from engine.models.mixers import NormSpec
 from engine.models.parts.source import Source
 from engine.ops.linear import Product, computed
 from engine.ops.norm import Normed, add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from engine.ops.reordered import permuted
 
 
 def make_norm(spec: NormSpec, source: Source, prefix: str, width: int) -> Norm:
@@ -83,7 +84,7 @@ class OwnNorms(Norm):
             weight = torch.stack(rows)
         else:
             weight = source.tensor(name, (heads, dim))
-        self.weight = weight.float() if order is None else weight.float()[:, order.to(weight.device)]
+        self.weight = weight.float() if order is None else permuted(weight.float(), order, 1)
 
     def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, heads * dim] -> the same."""
