@@ -805,7 +805,7 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 // the start of its sequence: the order of its sums depends on its position alone, not on pages, tiles or threads.
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
-constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr int TILE_ROWS = 128;  // queries of one task, times the heads of their group: each tile copies the keys and values that it sees
 constexpr int IN_PLACE = 4;    // rows of a head up to which 16-bit keys and values are widened as they are read
 constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
@@ -857,21 +857,36 @@ INLINE void fold8(const vf* acc, float* out) {
 // s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
 template <int R, int C, class K>
 INLINE void scores(const float* q, const K* const* k, int n, int depth, float* s) {
-    for (int t = 0; t < n; t += C) {
-        vf acc[R * C] = {};
-        const K* key[C];
-        for (int c = 0; c < C; c++) key[c] = k[t + c];
-        for (int d = 0; d < depth; d += VL) {
-            vf b[C];
-            for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
-            for (int r = 0; r < R; r++) {
-                vf a = load(q + r * depth + d);
-                for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
+    constexpr int N = R * C, S = N % 8 ? 8 / C : 1;  // sums are folded by eights
+    for (int t = 0; t < n; t += S * C) {
+        float folded[S * N];
+        vf sums[S * N];
+        for (int i = 0; i < S; i++) {
+            vf acc[N] = {};
+            const K* key[C];
+            for (int c = 0; c < C; c++) key[c] = k[t + i * C + c];
+            for (int d = 0; d < depth; d += VL) {
+                if (R < C) {  // the rows stay in registers
+                    vf a[R];
+                    for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
+                    for (int c = 0; c < C; c++) {
+                        const vf b = load(key[c] + d);
+                        for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+                    }
+                    continue;
+                }
+                vf b[C];
+                for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
+                for (int r = 0; r < R; r++) {
+                    vf a = load(q + r * depth + d);
+                    for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
+                }
             }
+            for (int j = 0; j < N; j++) sums[i * N + j] = acc[j];
         }
-        float folded[R * C];
-        for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
-        for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
+        for (int i = 0; i < S * N; i += 8) fold8(sums + i, folded + i);
+        for (int i = 0; i < S; i++)
+            for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t + i * C, folded + i * N + r * C, C * 4);
     }
 }
 
@@ -882,6 +897,7 @@ INLINE void all_scores(const float* q, const K* const* k, int rows, int n, int d
     for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(q + r * depth, k, n, depth, s + r * BLOCK);
     for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(q + r * depth, k, n, depth, s + r * BLOCK);
     for (; r + 4 <= rows && sizeof(K) == 2; r += 4) scores<4, 2>(q + r * depth, k, n, depth, s + r * BLOCK);  // widened less often
+    for (; r + 3 <= rows && sizeof(K) == 4 && !WIDE && rows - r != 4; r += 3) scores<3, 4>(q + r * depth, k, n, depth, s + r * BLOCK);
     for (; r + 2 <= rows; r += 2) scores<2, 4>(q + r * depth, k, n, depth, s + r * BLOCK);
     if (r < rows) scores<1, 8>(q + r * depth, k, n, depth, s + r * BLOCK);
 }
@@ -918,7 +934,9 @@ INLINE void accumulate(float* o, const float* alpha, const float* p, const K* co
     int r = 0;
     for (; r + 4 <= rows && (WIDE || V <= 2); r += 4)
         accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
-    if (rows - r == 3 && V <= 4) return accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
+    for (; r + 3 <= rows && V == 4 && rows - r != 4; r += 3)
+        accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
+    if (rows - r == 3 && V < 4) return accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
     for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
     if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }
