@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from engine.ops import native
+from engine.ops.coded import CODE_BLOCK, FORMS, coded_linear
 from engine.ops.linear import Linear
+from engine.ops.packed import FLOAT4_SPAN
 
 # Beyond any cache: a virtual machine may report a huge L3.
 WORKING_SET = 1 << 30
@@ -75,26 +78,57 @@ def linear_seconds(
 ) -> float:
     """Seconds of one prepared Linear; its weights come from memory each time (copies fill the working set)."""
     size = out_features * in_features * dtype.itemsize
-    # From 64 rows on the arithmetic dwarfs the reading.
-    copies = max(1, working_set // size) if rows < 64 else 1
-    layers = []
-    for _ in range(copies):
+
+    def make() -> Linear:
         layer = Linear(torch.full((out_features, in_features), 0.01, dtype=dtype))
         layer.prepare()
-        layers.append(layer)
-    x = torch.randn(rows, in_features).to(dtype)
+        return layer
+
+    return _seconds(make, torch.randn(rows, in_features).to(dtype), working_set // size, num_threads)
+
+
+def _seconds(make: Callable[[], Linear], x: torch.Tensor, copies: int, num_threads: int) -> float:
+    # From 64 rows on the arithmetic dwarfs the reading.
+    layers = [make() for _ in range(max(1, copies) if len(x) < 64 else 1)]
 
     def run() -> None:
         for layer in layers:
             layer(x)
 
-    return best_seconds(run, num_threads) / copies
+    return best_seconds(run, num_threads) / len(layers)
+
+
+def coded_layer(form: str, out_features: int, in_features: int) -> Linear:
+    """One of ops/coded.FORMS in float32, of random codes, of which 32 columns share a scale, of "e2m1" 16."""
+    codes = torch.randint(0, 120 if form in ("e4m3", "int8", "int8 and low") else 16, (out_features, in_features))
+    group = FLOAT4_SPAN if form == "e2m1" else CODE_BLOCK
+    scale = torch.full((out_features, in_features // group), 0.01)
+    piece = (0, out_features, codes.byte(), scale, scale if form.endswith("low") else None)
+    table = [float(number) for number in range(16)] if form == "table" else None
+    pieces = iter([piece])
+    return coded_linear(form, out_features, in_features, torch.float32, pieces, group=group, table=table)
+
+
+def print_forms(forms: list[str], bandwidth: float, threads: int) -> None:
+    """Layers of small codes [2048, 2048]: products a nanosecond, and of one row the share of the bandwidth."""
+    print("\nlayers of codes: products a ns at " + ", ".join(str(rows) for rows in ROWS[:-1]) + " rows")
+    for form in forms:
+        size = coded_layer(form, 2048, 2048).num_bytes
+        line = f"{form:12} {size * 8 / 2048**2:4.1f} bits"
+        for rows in ROWS[:-1]:
+            x = torch.randn(rows, 2048)
+            seconds = _seconds(partial(coded_layer, form, 2048, 2048), x, (WORKING_SET >> 3) // size, threads)
+            line += f" {rows * 2048**2 / seconds / 1e9:6.1f}"
+            if rows == 1:
+                line += f" ({100 * size / seconds / bandwidth:.0f}% of the bandwidth)"
+        print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], action="append")
+    parser.add_argument("--forms", nargs="*", choices=FORMS, help="layers of such codes alone; none named: of all")
     arguments = parser.parse_args()
     threads = arguments.threads
     names = arguments.dtype or ["bfloat16", "float32"]
@@ -103,6 +137,9 @@ def main() -> None:
     print(f"read bandwidth {bandwidth / 1e9:6.1f} GB/s")
     if peak is not None:
         print(f"float32 FMA    {peak / 1e9:6.1f} GFLOP/s")
+    if arguments.forms is not None:
+        print_forms(arguments.forms or list(FORMS), bandwidth, threads)
+        return
     rates = {name: gemm_rate(getattr(torch, name), threads) for name in ("float32", "bfloat16")}
     for name, rate in rates.items():
         print(f"{name:8} torch GEMM {rate / 1e9:6.1f} GFLOP/s")

@@ -49,6 +49,7 @@ ALLOWED = {
     "engine.models.offload": set(),
     "engine.models.parts": {"engine.models.mixers", "engine.models.spec", "engine.ops"},
     "engine.models.loading": {
+        "engine.later",
         "engine.models.parts",
         "engine.models.fields",
         "engine.models.mixers",

@@ -1,9 +1,8 @@
-"""A linear layer whose weight stays small integers or floats with a float32 scale for every few: a sixth to a third.
+"""Linear layers whose weights stay codes with a float32 scale for every few: a seventh to a third of the bytes.
 
-Built at load time from a quantised checkpoint, called by the executor's thread; the kernels (kernels.cpp) widen the
-codes in registers. The products are, bit for bit, those of the same numbers kept as float32. packed.py is faster and
-holds integers with scales of float16, as GGUF has them; here is what does not fit into that: floats of eight bits,
-floats of four with scales of sixteen, places in a table, and scales or zeros of more digits.
+Built at load time from a quantised checkpoint, called by the executor's thread; the kernels widen the codes in
+registers. Integers and floats of four bits go to packed.py, whose products are of integers. Here are the others, of
+which the products are, bit for bit, those of the same numbers kept as float32.
 """
 
 from __future__ import annotations
@@ -15,20 +14,18 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.linear import Linear
-from engine.ops.mxfp4 import TABLE
 from engine.ops.norm import Normed, plain
+from engine.ops.packed import FLOAT4_SPAN, OWN_KINDS, PackedLinear, blocks_of
 
-# Weights along a row that share a scale; of places in a table half of them may.
+# Weights along a row that share a scale.
 CODE_BLOCK = 32
 
 # What scales of "e4m3" are to be below: kernels hold 2^120 times as much.
 FLOAT8_SCALES = 128.0
 
-# By name, as the kernels number them: integers of four bits from 0 on (of which 8 is taken, or a number is added to
-# their product with the scale), of eight with a sign, floats, and places in a table of 16 numbers, of which that of
-# small floats is known.
-CODE_FORMS = {"int4": 0, "int4 and low": 1, "int8": 2, "int8 and low": 3, "e4m3": 4, "e2m1": 5, "table": 5}
-_BY_16 = 6
+# By name, as the kernels number them: floats of eight bits, and places in a table of 16 numbers.
+CODE_FORMS = {"e4m3": 0, "table": 1}
+FORMS = (*OWN_KINDS, *CODE_FORMS)
 _TABLE_SIZE = 16
 
 # Rows [start, stop) of the weight: codes uint8 [rows, K], scale float32 [rows, K / group], low the same or None.
@@ -41,15 +38,41 @@ def can_keep_codes(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and library is not None and native.type_code(dtype) is not None
 
 
-def fits(form: str, group: int) -> bool:
+def fits(form: str, group: int, columns: int) -> bool:
     """Whether a layer can be made of codes of this form of which so many columns share a scale."""
-    return form in CODE_FORMS and group % (CODE_BLOCK // 2 if form in ("e2m1", "table") else CODE_BLOCK) == 0
+    return form in FORMS and group % (FLOAT4_SPAN if form == "e2m1" else CODE_BLOCK) == 0 and columns % CODE_BLOCK == 0
+
+
+def coded_linear(
+    form: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    pieces: Iterator[Piece],
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    group: int = CODE_BLOCK,
+    table: Sequence[float] | None = None,
+) -> PackedLinear | CodedLinear:
+    """form, group: see `fits`. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece but the
+    last ends at a multiple of `PackedLinear.piece_rows`. table: 16 numbers, of the form that has its own. Scales are
+    finite, those of "e4m3" below FLOAT8_SCALES."""
+    if form not in OWN_KINDS:
+        return CodedLinear(form, rows, columns, dtype, pieces, bias, activation, group=group, table=table)
+    linear = PackedLinear(form, rows, columns, dtype, bias, activation)
+    repeats = group // (FLOAT4_SPAN if form == "e2m1" else CODE_BLOCK)
+    for start, stop, codes, scale, low in pieces:
+        scale = scale.repeat_interleave(repeats, 1)
+        low = low.repeat_interleave(repeats, 1) if low is not None else None
+        blocks = blocks_of(form, codes.contiguous(), scale, low)
+        bad = linear.pack(start, blocks.data_ptr() + torch.arange(stop - start) * blocks.stride(0))
+        assert bad is None, "checked where it was read"
+    return linear
 
 
 class CodedLinear(Linear):
-    """form, group: see `fits`. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece but the
-    last ends at a multiple of `piece_rows`. table: 16 numbers, of the form that has its own. Scales of
-    "e4m3" are below FLOAT8_SCALES."""
+    """See `coded_linear`; form: one of CODE_FORMS."""
 
     def __init__(
         self,
@@ -65,10 +88,9 @@ class CodedLinear(Linear):
         table: Sequence[float] | None = None,
     ) -> None:
         library, code = native.library(), native.type_code(dtype)
-        assert library is not None and code is not None and fits(form, group)
-        number, block = (_BY_16, CODE_BLOCK // 2) if group % CODE_BLOCK else (CODE_FORMS[form], CODE_BLOCK)
-        assert columns % block == 0 and (form == "table") == (table is not None)
-        size, repeats = library.hold.ol_codes_size, group // block
+        assert library is not None and code is not None and fits(form, group, columns)
+        assert (form == "table") == (table is not None)
+        number, size, repeats = CODE_FORMS[form], library.hold.ol_codes_size, group // CODE_BLOCK
         # A line of memory before the first panel, for a table.
         packed = torch.empty(_TABLE_SIZE + size(number, rows, columns), dtype=torch.int32)[_TABLE_SIZE:]
         # What stands for the weight is never asked for its dtype or shape.
@@ -77,21 +99,16 @@ class CodedLinear(Linear):
         self.kind = "native"
         self._library, self._code, self._form = library, code, number
         self._weight = packed
-        if number >= CODE_FORMS["table"]:
+        if table is not None:
             before = packed.as_strided((_TABLE_SIZE,), (1,), 0).view(torch.float32)
-            before.copy_(torch.tensor(TABLE if table is None else table, dtype=torch.float32))
-        for start, stop, codes, scale, add in pieces:
-            codes, scale = codes.contiguous(), scale.contiguous()
-            if repeats > 1:
-                scale = scale.repeat_interleave(repeats, 1)
-                add = add.repeat_interleave(repeats, 1) if add is not None else None
-            assert scale.shape == (stop - start, columns // block)
-            add = add.contiguous() if add is not None else None
+            before.copy_(torch.tensor(table, dtype=torch.float32))
+        for start, stop, codes, scale, _ in pieces:
+            codes, scale = codes.contiguous(), scale.repeat_interleave(repeats, 1).contiguous()
+            assert scale.shape == (stop - start, columns // CODE_BLOCK)
             library.release.ol_pack_codes(
                 number,
                 codes.data_ptr(),
                 scale.data_ptr(),
-                add.data_ptr() if add is not None else None,
                 stop - start,
                 columns,
                 packed.data_ptr() + 4 * size(number, start, columns),
@@ -102,12 +119,10 @@ class CodedLinear(Linear):
             self._bias = bias.float().contiguous()
             self._bias_address = self._bias.data_ptr()
 
-    @staticmethod
-    def piece_rows(at_most: int) -> int:
-        """A number of rows at which a piece may end; any, where there are no kernels."""
-        library = native.library()
-        panel = 1 if library is None else 2 * library.lanes
-        return max(panel, at_most // panel * panel)
+    @property
+    def num_bytes(self) -> int:
+        """See Linear.num_bytes."""
+        return self._weight.nbytes
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Nothing is left to do."""

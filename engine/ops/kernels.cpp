@@ -432,21 +432,19 @@ struct Plain {
     MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
 };
 
-// Weights as small integers or floats. Every `span` of them along K has a scale, and with Low a number that is added. A panel holds
-// for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
-// (q - 8) * scale, q * scale + low (4 bits without a sign), q * scale (+ low) (8 bits with one, or the number of an e4m3 float) or
-// table[q] * scale (4 bits; the table stands before the first panel), each operation rounded, so that sums have the same bits as
-// with such weights in float32.
-enum Meaning { INTEGERS, FLOATS, PLACES };
-template <int Bits_, bool Low_, Meaning What = INTEGERS, int Span = 32>
+// Weights as codes that integers do not stand for (those are in kernels_packed.h). Every `span` of them along K has a scale. A panel
+// holds for each block the scales of its columns, and words: lane j of one holds 32 / Bits codes of column j. A weight is the e4m3
+// float of 8 bits, or table[q] (4 bits; the table stands before the first panel), times the scale, rounded, so that sums have the
+// same bits as with such weights in float32.
+enum Meaning { FLOATS, PLACES };
+template <Meaning What>
 struct Codes {
     typedef float Weight;
     static constexpr bool streams = false;
-    static constexpr int Bits = Bits_, span = Span;
-    static constexpr bool Low = Low_;
+    static constexpr int Bits = What == FLOATS ? 8 : 4, span = 32;
     static constexpr Meaning what = What;
     static constexpr int per = 32 / Bits, words = span / per;
-    static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
+    static constexpr size_t block = (size_t)NR * (1 + words);  // in words of 32 bits
     const uint32_t* w;
     i64 blocks;  // along K
 
@@ -469,33 +467,28 @@ struct Codes {
     template <int J>
     MEMBER vf number(vu word) const {
         if constexpr (What == PLACES) return looked_up<J>((const float*)w - 16, word);
-        if (What == FLOATS) {  // the bits of 2^-120 times the number: the scale makes up for that
-            const vu top = J == 3 ? word : word << (24 - 8 * (J & 3));
-            return (vf)((vu)((vi)top >> 4) & 0x87f00000u);
-        }
-        if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
-        vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
-        return Low ? q : q - 8.0f;
+        // The bits of 2^-120 times the number: the scale makes up for that.
+        const vu top = J == 3 ? word : word << (24 - 8 * (J & 3));
+        return (vf)((vu)((vi)top >> 4) & 0x87f00000u);
     }
-    static MEMBER vf weight(vf q, vf scale, vf low) { return Low ? q * scale + low : q * scale; }
 
     // One block of a panel as [span][NR] floats.
     MEMBER void widen(const uint32_t* at, float* out) const {
         for (int h = 0; h < NR; h += VL) {
-            const vf scale = load((const float*)at + h), low = Low ? load((const float*)at + NR + h) : vf{};
-            const uint32_t* codes = at + NR * (1 + Low) + h;
+            const vf scale = load((const float*)at + h);
+            const uint32_t* codes = at + NR + h;
             float* to = out + h;
             for (int r = 0; r < words; r++, to += per * NR) {
                 const vu word = *(const vu_any*)(codes + r * NR);
-                store(to, weight(number<0>(word), scale, low));
-                store(to + NR, weight(number<1>(word), scale, low));
-                store(to + 2 * NR, weight(number<2>(word), scale, low));
-                store(to + 3 * NR, weight(number<3>(word), scale, low));
+                store(to, number<0>(word) * scale);
+                store(to + NR, number<1>(word) * scale);
+                store(to + 2 * NR, number<2>(word) * scale);
+                store(to + 3 * NR, number<3>(word) * scale);
                 if (Bits == 4) {
-                    store(to + 4 * NR, weight(number<4 % per>(word), scale, low));
-                    store(to + 5 * NR, weight(number<5 % per>(word), scale, low));
-                    store(to + 6 * NR, weight(number<6 % per>(word), scale, low));
-                    store(to + 7 * NR, weight(number<7 % per>(word), scale, low));
+                    store(to + 4 * NR, number<4 % per>(word) * scale);
+                    store(to + 5 * NR, number<5 % per>(word) * scale);
+                    store(to + 6 * NR, number<6 % per>(word) * scale);
+                    store(to + 7 * NR, number<7 % per>(word) * scale);
                 }
             }
         }
@@ -512,9 +505,9 @@ struct Codes {
 
     // The products of one row x with P panels from p on, by the same operations as the general way has.
     template <int P, int J>
-    MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) const {
+    MEMBER void step(const float* x, const vu* word, const vf* scale, vf* acc) const {
         const vf a = splat(x[J]);
-        for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, weight(number<J>(word[i]), scale[i], low[i]), acc[i]);
+        for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, number<J>(word[i]) * scale[i], acc[i]);
     }
     template <int P>
     void row(const float* x, const uint32_t* const from, float* c) const {
@@ -522,26 +515,25 @@ struct Codes {
             vf acc[2 * P] = {};
             for (i64 b = k; b < std::min(blocks, k + KC / span); b++) {
                 const uint32_t* at[P];
-                vf scale[2 * P], low[2 * P];
+                vf scale[2 * P];
                 for (int i = 0; i < 2 * P; i++) {
                     at[i / 2] = from + (i / 2) * blocks * block + b * block;
                     scale[i] = load((const float*)at[i / 2] + i % 2 * VL);
-                    low[i] = Low ? load((const float*)at[i / 2] + NR + i % 2 * VL) : vf{};
                 }
                 const float* xb = x + b * span;
                 for (int r = 0; r < words; r++, xb += per) {
                     vu word[2 * P];
                     for (int i = 0; i < 2 * P; i++)
-                        word[i] = *(const vu_any*)(at[i / 2] + NR * (1 + Low + r) + i % 2 * VL);
-                    step<P, 0>(xb, word, scale, low, acc);
-                    step<P, 1>(xb, word, scale, low, acc);
-                    step<P, 2>(xb, word, scale, low, acc);
-                    step<P, 3>(xb, word, scale, low, acc);
+                        word[i] = *(const vu_any*)(at[i / 2] + NR * (1 + r) + i % 2 * VL);
+                    step<P, 0>(xb, word, scale, acc);
+                    step<P, 1>(xb, word, scale, acc);
+                    step<P, 2>(xb, word, scale, acc);
+                    step<P, 3>(xb, word, scale, acc);
                     if (Bits == 4) {
-                        step<P, 4 % per>(xb + 4 - 4 % per, word, scale, low, acc);
-                        step<P, 5 % per>(xb + 5 - 5 % per, word, scale, low, acc);
-                        step<P, 6 % per>(xb + 6 - 6 % per, word, scale, low, acc);
-                        step<P, 7 % per>(xb + 7 - 7 % per, word, scale, low, acc);
+                        step<P, 4 % per>(xb + 4 - 4 % per, word, scale, acc);
+                        step<P, 5 % per>(xb + 5 - 5 % per, word, scale, acc);
+                        step<P, 6 % per>(xb + 6 - 6 % per, word, scale, acc);
+                        step<P, 7 % per>(xb + 7 - 7 % per, word, scale, acc);
                     }
                 }
             }
@@ -660,9 +652,9 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
     });
 }
 
-// codes [N, K]: one in a byte. scale, low: [N, K / C::span].
+// codes [N, K]: one in a byte. scale: [N, K / C::span].
 template <class C>
-void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
+void pack_codes(const uint8_t* codes, const float* scale, i64 N, i64 K, uint32_t* out, int threads) {
     const i64 blocks = K / C::span;
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
         uint32_t* to = out + p * blocks * C::block;
@@ -673,12 +665,11 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
                 uint32_t* at = to + b * C::block + j;
                 const float own = scale[n * blocks + b] * (C::what == FLOATS ? 0x1p120f : 1.0f);
                 memcpy(at, &own, 4);
-                if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
                 const uint8_t* from = codes + n * K + b * C::span;
                 for (int r = 0; r < C::words; r++, from += C::per) {
                     uint32_t word = 0;
                     for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (C::Bits * i);
-                    at[NR * (1 + C::Low + r)] = word;
+                    at[NR * (1 + r)] = word;
                 }
             }
         }
@@ -693,14 +684,12 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
         const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
         for (i64 b = 0; b < blocks; b++) {
             const uint32_t* at = w + (n / NR * blocks + b) * C::block + n % NR;
-            float scale, low = 0;
+            float scale;
             memcpy(&scale, at, 4);
-            if (C::Low) memcpy(&low, at + NR, 4);
             for (int k = 0; k < C::span; k++) {
                 // The code that is to be first in its word, by what widens a whole panel.
-                const uint32_t word = at[NR * (1 + C::Low + k / C::per)] >> (C::Bits * (k % C::per));
-                const float product = source.template number<0>(vu{} + word)[0] * scale;
-                store1(out + i * K + b * C::span + k, C::Low ? product + low : product);
+                const uint32_t word = at[NR * (1 + k / C::per)] >> (C::Bits * (k % C::per));
+                store1(out + i * K + b * C::span + k, source.template number<0>(vu{} + word)[0] * scale);
             }
         }
     });
@@ -1642,15 +1631,10 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
 }
 
 // By the numbers of ops/coded.py.
-#define BY_CODES(form, statement)                                     \
-    switch (form) {                                                   \
-        case 0: { typedef Codes<4, false> C; statement; }             \
-        case 1: { typedef Codes<4, true> C; statement; }              \
-        case 2: { typedef Codes<8, false> C; statement; }             \
-        case 3: { typedef Codes<8, true> C; statement; }              \
-        case 4: { typedef Codes<8, false, FLOATS> C; statement; }     \
-        case 5: { typedef Codes<4, false, PLACES> C; statement; }     \
-        default: { typedef Codes<4, false, PLACES, 16> C; statement; } \
+#define BY_CODES(form, statement)                           \
+    switch (form) {                                         \
+        case 0: { typedef Codes<FLOATS> C; statement; }     \
+        default: { typedef Codes<PLACES> C; statement; }    \
     }
 
 // In words of 32 bits; without a table.
@@ -1658,9 +1642,8 @@ EXPORT int64_t ol_codes_size(int64_t form, int64_t N, int64_t K) {
     BY_CODES(form, return (N + NR - 1) / NR * (K / C::span) * C::block)
 }
 
-EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, const float* add, int64_t N, int64_t K, void* out,
-                          int64_t threads) {
-    BY_CODES(form, return pack_codes<C>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
+EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, int64_t N, int64_t K, void* out, int64_t threads) {
+    BY_CODES(form, return pack_codes<C>((const uint8_t*)codes, scale, N, K, (uint32_t*)out, (int)threads))
 }
 
 EXPORT void ol_code_rows(int64_t form, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,

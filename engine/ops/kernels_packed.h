@@ -7,40 +7,49 @@
 // How a type's weights are made: (code - offset) * scale (+ low).
 enum Low { NO_LOW, PLUS, MINUS };                 // PLUS: a float16 beside d. MINUS: dmin times a byte, taken away
 enum Table { PLAIN, IQ4, E2M1 };                  // what a code of four bits stands for
+enum Unit { HALF, POWER, SINGLE, ONE };           // d: a float16, a byte that is an exponent, a float32, or nothing
 // base, high: bits of a code, high ones apart. span: weights that share a scale; super: that share d. sub: a byte for every
-// span that multiplies d, 1 without a sign, 2 with one, 3 for half a byte whose other half is the span's part of low. power: d is a byte, an exponent. size: of super weights in the file.
-#define FORMAT(name, number_, base_, high_, offset_, span_, super_, sub_, low_, table_, power_, size_)                       \
+// span that multiplies d, 1 without a sign, 2 with one, 3 for half a byte whose other half is the span's part of low, 4 for a float32 in place of a byte. size: of super weights
+// in the file.
+#define FORMAT(name, number_, base_, high_, offset_, span_, super_, sub_, low_, table_, unit_, size_)                        \
     struct name {                                                                                                             \
         static constexpr int number = number_, base = base_, high = high_, offset = offset_, span = span_, super = super_,    \
-                             sub = sub_, low = low_, table = table_, size = size_;                                            \
-        static constexpr bool power = power_;                                                                                 \
+                             sub = sub_, low = low_, table = table_, unit = unit_, size = size_;                              \
         static void split(const uint8_t* block, struct Split& to);                                                            \
     };
 // numbers: those of the file format.
-FORMAT(Q4_0, 2, 4, 0, 8, 32, 32, 0, NO_LOW, PLAIN, false, 18)
-FORMAT(Q4_1, 3, 4, 0, 0, 32, 32, 0, PLUS, PLAIN, false, 20)
-FORMAT(Q5_0, 6, 4, 1, 16, 32, 32, 0, NO_LOW, PLAIN, false, 22)
-FORMAT(Q5_1, 7, 4, 1, 0, 32, 32, 0, PLUS, PLAIN, false, 24)
-FORMAT(Q8_0, 8, 8, 0, 0, 32, 32, 0, NO_LOW, PLAIN, false, 34)
-FORMAT(Q2_K, 10, 2, 0, 0, 16, 256, 3, MINUS, PLAIN, false, 84)
-FORMAT(Q3_K, 11, 2, 1, 4, 16, 256, 2, NO_LOW, PLAIN, false, 110)
-FORMAT(Q4_K, 12, 4, 0, 0, 32, 256, 1, MINUS, PLAIN, false, 144)
-FORMAT(Q5_K, 13, 4, 1, 0, 32, 256, 1, MINUS, PLAIN, false, 176)
-FORMAT(Q6_K, 14, 4, 2, 32, 16, 256, 2, NO_LOW, PLAIN, false, 210)
-FORMAT(IQ4_NL, 20, 4, 0, 0, 32, 32, 0, NO_LOW, IQ4, false, 18)
-FORMAT(IQ4_XS, 23, 4, 0, 0, 32, 256, 2, NO_LOW, IQ4, false, 136)
-FORMAT(TQ2_0, 35, 2, 0, 1, 32, 256, 0, NO_LOW, PLAIN, false, 66)
-FORMAT(MXFP4, 39, 4, 0, 0, 32, 32, 0, NO_LOW, E2M1, true, 17)
+FORMAT(Q4_0, 2, 4, 0, 8, 32, 32, 0, NO_LOW, PLAIN, HALF, 18)
+FORMAT(Q4_1, 3, 4, 0, 0, 32, 32, 0, PLUS, PLAIN, HALF, 20)
+FORMAT(Q5_0, 6, 4, 1, 16, 32, 32, 0, NO_LOW, PLAIN, HALF, 22)
+FORMAT(Q5_1, 7, 4, 1, 0, 32, 32, 0, PLUS, PLAIN, HALF, 24)
+FORMAT(Q8_0, 8, 8, 0, 0, 32, 32, 0, NO_LOW, PLAIN, HALF, 34)
+FORMAT(Q2_K, 10, 2, 0, 0, 16, 256, 3, MINUS, PLAIN, HALF, 84)
+FORMAT(Q3_K, 11, 2, 1, 4, 16, 256, 2, NO_LOW, PLAIN, HALF, 110)
+FORMAT(Q4_K, 12, 4, 0, 0, 32, 256, 1, MINUS, PLAIN, HALF, 144)
+FORMAT(Q5_K, 13, 4, 1, 0, 32, 256, 1, MINUS, PLAIN, HALF, 176)
+FORMAT(Q6_K, 14, 4, 2, 32, 16, 256, 2, NO_LOW, PLAIN, HALF, 210)
+FORMAT(IQ4_NL, 20, 4, 0, 0, 32, 32, 0, NO_LOW, IQ4, HALF, 18)
+FORMAT(IQ4_XS, 23, 4, 0, 0, 32, 256, 2, NO_LOW, IQ4, HALF, 136)
+FORMAT(TQ2_0, 35, 2, 0, 1, 32, 256, 0, NO_LOW, PLAIN, HALF, 66)
+FORMAT(MXFP4, 39, 4, 0, 0, 32, 32, 0, NO_LOW, E2M1, POWER, 17)
+// Not in files: codes with scales that are no float16.
+FORMAT(INT4, 100, 4, 0, 8, 32, 32, 0, NO_LOW, PLAIN, SINGLE, 20)
+FORMAT(INT4_LOW, 101, 4, 0, 0, 32, 32, 0, PLUS, PLAIN, SINGLE, 24)
+FORMAT(INT8, 102, 8, 0, 0, 32, 32, 0, NO_LOW, PLAIN, SINGLE, 36)
+FORMAT(INT8_LOW, 103, 8, 0, 0, 32, 32, 0, PLUS, PLAIN, SINGLE, 40)
+FORMAT(FLOAT4, 104, 4, 0, 0, 16, 32, 4, NO_LOW, E2M1, ONE, 24)
 #undef FORMAT
 #define EVERY_FORMAT(DO) \
-    DO(Q4_0) DO(Q4_1) DO(Q5_0) DO(Q5_1) DO(Q8_0) DO(Q2_K) DO(Q3_K) DO(Q4_K) DO(Q5_K) DO(Q6_K) DO(IQ4_NL) DO(IQ4_XS) DO(TQ2_0) DO(MXFP4)
+    DO(Q4_0) DO(Q4_1) DO(Q5_0) DO(Q5_1) DO(Q8_0) DO(Q2_K) DO(Q3_K) DO(Q4_K) DO(Q5_K) DO(Q6_K) DO(IQ4_NL) DO(IQ4_XS) DO(TQ2_0) DO(MXFP4) \
+    DO(INT4) DO(INT4_LOW) DO(INT8) DO(INT8_LOW) DO(FLOAT4)
 
 // ---- a block of the file, taken apart: codes in the order of the weights, d and dmin as they are, bytes of the spans
 
 struct Split {
     uint8_t codes[256];
     uint8_t scales[16], lows[16];
-    uint16_t d, m;
+    uint32_t d, m;     // as many of their bytes as there are
+    uint32_t wide[2];  // scales that are floats
 };
 
 INLINE void put_nibbles(const uint8_t* from, int count, uint8_t* to) {  // low halves, then high ones
@@ -50,6 +59,7 @@ INLINE void put_nibbles(const uint8_t* from, int count, uint8_t* to) {  // low h
     }
 }
 INLINE uint16_t u16_at(const uint8_t* p) { return (uint16_t)(p[0] | p[1] << 8); }
+INLINE uint32_t u32_at(const uint8_t* p) { return u16_at(p) | (uint32_t)u16_at(p + 2) << 16; }
 INLINE void fifth_bits(const uint8_t* from, uint8_t* codes) {
     for (int i = 0; i < 4; i++) {  // a byte for each bit
         uint64_t bits = from[i] * 0x0101010101010101u & 0x8040201008040201u, eight;
@@ -147,6 +157,27 @@ void MXFP4::split(const uint8_t* b, Split& to) {
     to.d = b[0];
     put_nibbles(b + 1, 16, to.codes);
 }
+void INT4::split(const uint8_t* b, Split& to) {
+    to.d = u32_at(b);
+    put_nibbles(b + 4, 16, to.codes);
+}
+void INT4_LOW::split(const uint8_t* b, Split& to) {
+    to.d = u32_at(b), to.m = u32_at(b + 4);
+    put_nibbles(b + 8, 16, to.codes);
+}
+void INT8::split(const uint8_t* b, Split& to) {
+    to.d = u32_at(b);
+    memcpy(to.codes, b + 4, 32);
+}
+void INT8_LOW::split(const uint8_t* b, Split& to) {
+    to.d = u32_at(b), to.m = u32_at(b + 4);
+    memcpy(to.codes, b + 8, 32);
+}
+void FLOAT4::split(const uint8_t* b, Split& to) {
+    to.d = 0;
+    for (int i = 0; i < 2; i++) to.wide[i] = u32_at(b + 4 * i);
+    put_nibbles(b + 8, 16, to.codes);
+}
 
 // ---- panels of NR columns: for each `super` weights along K the d of all columns, their m, the bytes of the spans, and for
 // each 32 weights words of codes. A 16-bit half of a word holds weights of one parity: pair i is weights 2i and 2i + 1.
@@ -163,8 +194,9 @@ constexpr int PAIRS = PACK / 2;
 template <class F>
 struct Layout {
     static constexpr int blocks = F::super / PACK, spans = F::super / F::span, words = F::base + F::high;
-    static constexpr size_t d_bytes = (F::power ? 1 : 2) * NR, m_bytes = F::low ? 2 * NR : 0;
-    static constexpr size_t span_bytes = F::sub ? (F::low && F::sub != 3 ? 2 : 1) * NR : 0;
+    static constexpr size_t d_size = F::unit == HALF ? 2 : F::unit == POWER ? 1 : F::unit == SINGLE ? 4 : 0, m_size = F::unit == SINGLE ? 4 : 2;
+    static constexpr size_t d_bytes = d_size * NR, m_bytes = F::low ? m_size * NR : 0;
+    static constexpr size_t span_bytes = F::sub == 4 ? 4 * NR : F::sub ? (F::low && F::sub != 3 ? 2 : 1) * NR : 0;
     static constexpr size_t head = d_bytes + m_bytes + spans * span_bytes, block_bytes = (size_t)words * 4 * NR;
     static constexpr size_t bytes = head + blocks * block_bytes;
 };
@@ -199,10 +231,12 @@ INLINE vf from_power(const uint8_t* p) {  // half of 2^(e - 127)
 // d and m of half a panel, then scale and low of a span; the same operations wherever they are needed.
 template <class F>
 INLINE vf scale_of(const uint8_t* at, int h) {
-    return F::power ? from_power(at + h * VL) : from_half(at + h * VL * 2);
+    if (F::unit == SINGLE) return load((const float*)at + h * VL);
+    return F::unit == POWER ? from_power(at + h * VL) : F::unit == HALF ? from_half(at + h * VL * 2) : vf{};
 }
 template <class F>
 INLINE vf low_of(const uint8_t* at, int h) {
+    if (F::low && F::unit == SINGLE) return load((const float*)(at + Layout<F>::d_bytes) + h * VL);
     return F::low ? from_half(at + Layout<F>::d_bytes + h * VL * 2) : vf{};
 }
 template <class F>
@@ -212,6 +246,7 @@ INLINE vc span_byte(const uint8_t* at, int span, int h) {
 template <class F>
 INLINE vf span_scale(vf d, const uint8_t* at, int span, int h) {
     if (!F::sub) return d;
+    if (F::sub == 4) return load((const float*)(at + span * Layout<F>::span_bytes) + h * VL);
     const vi b = widened<F::sub == 2>(span_byte<F>(at, span, h));
     return d * __builtin_convertvector(F::sub == 3 ? b & 15 : b, vf);
 }
@@ -319,12 +354,17 @@ void pack_blocks(const uint8_t* const* rows, i64 N, i64 K, uint8_t* out, i64* ba
             for (i64 s = 0; s < supers; s++) {
                 Split split;
                 F::split(row + s * F::size, split);
-                if (F::power ? split.d == 255 : ((split.d & 0x7c00) == 0x7c00 || (F::low && (split.m & 0x7c00) == 0x7c00))) wrong = p * NR + j;
+                const uint32_t endless = F::unit == POWER ? 255 : F::unit == HALF ? 0x7c00 : 0x7f800000;
+                if ((split.d & endless) == endless || (F::low && (split.m & endless) == endless)) wrong = p * NR + j;
                 uint8_t* at = to + s * L::bytes;
-                if (F::power) at[j] = (uint8_t)split.d;
-                else memcpy(at + 2 * j, &split.d, 2);
-                if (F::low) memcpy(at + L::d_bytes + 2 * j, &split.m, 2);
-                if (F::sub)
+                memcpy(at + L::d_size * j, &split.d, L::d_size);
+                if (F::low) memcpy(at + L::d_bytes + L::m_size * j, &split.m, L::m_size);
+                if (F::sub == 4)
+                    for (int i = 0; i < L::spans; i++) {
+                        if ((split.wide[i] & endless) == endless) wrong = p * NR + j;
+                        memcpy(at + i * L::span_bytes + 4 * j, split.wide + i, 4);
+                    }
+                else if (F::sub)
                     for (int i = 0; i < L::spans; i++) {
                         uint8_t* bytes = at + L::d_bytes + L::m_bytes + i * L::span_bytes + j;
                         *bytes = split.scales[i];

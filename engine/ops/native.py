@@ -48,7 +48,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
     "ol_codes_size": (_I, [_I, _I, _I]),
-    "ol_pack_codes": (None, [_I, _P, _P, _P, _I, _I, _P, _I]),
+    "ol_pack_codes": (None, [_I, _P, _P, _I, _I, _P, _I]),
     "ol_code_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear_codes": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_takes_eight_bits": (_I, [_I]),

@@ -35,6 +35,17 @@ PACKED_KINDS = {
     "MXFP4": (39, 32),
 }
 
+# Blocks that no file has: codes with scales of float32, and numbers that are added (see `blocks_of`).
+OWN_KINDS = {
+    "int4": (100, 32),
+    "int4 and low": (101, 32),
+    "int8": (102, 32),
+    "int8 and low": (103, 32),
+    "e2m1": (104, 32),
+}
+# Weights of "e2m1" that share a scale.
+FLOAT4_SPAN = 16
+
 # Beside a number: inputs of eight bits.
 EIGHT_BITS = 256
 
@@ -45,7 +56,7 @@ def can_stay_packed(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class PackedLinear(Linear):
-    """block: one of PACKED_KINDS. dtype: of inputs and outputs. Rows of the weight are to be given by `pack`."""
+    """block: of PACKED_KINDS or OWN_KINDS. dtype: of inputs and outputs. `pack` brings the rows of the weight."""
 
     def __init__(
         self,
@@ -57,7 +68,7 @@ class PackedLinear(Linear):
         activation: str | None = None,
     ) -> None:
         library, code = native.library(), native.type_code(dtype)
-        number, shared = PACKED_KINDS[block]
+        number, shared = (PACKED_KINDS | OWN_KINDS)[block]
         assert library is not None and code is not None and columns % shared == 0
         packed = torch.empty(library.hold.ol_packed_blocks(number, rows, columns), dtype=torch.uint8)
         # What stands for the weight is never asked for its dtype or shape.
@@ -80,10 +91,9 @@ class PackedLinear(Linear):
 
     @staticmethod
     def piece_rows(at_most: int) -> int:
-        """A number of rows that `pack` takes at a time; the last may be fewer."""
+        """A number of rows that `pack` takes at a time, the last may be fewer; any, where there are no kernels."""
         library = native.library()
-        assert library is not None
-        panel = 2 * library.lanes
+        panel = 1 if library is None else 2 * library.lanes
         return max(panel, at_most // panel * panel)
 
     def pack(self, first: int, rows: Tensor) -> int | None:
@@ -101,6 +111,11 @@ class PackedLinear(Linear):
             torch.get_num_threads(),
         )
         return None if bad < 0 else first + bad
+
+    @property
+    def num_bytes(self) -> int:
+        """See Linear.num_bytes."""
+        return self._weight.nbytes
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Nothing is left to do."""
@@ -136,6 +151,24 @@ class PackedLinear(Linear):
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows. Each number is what the file's own arithmetic gives."""
         return self._unpacked(ids, "ol_block_rows", self._number)
+
+
+def blocks_of(form: str, codes: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
+    """Of one of OWN_KINDS, for `pack`: uint8 [rows, bytes].
+
+    codes: uint8 [rows, K], one in a byte: integers of four bits, of which 8 is taken or to whose product with the scale
+    `low` is added; of eight with a sign; floats. scale, low: float32 [rows, K / 32], of "e2m1" [rows, K / 16].
+    """
+    rows, blocks = len(codes), codes.shape[1] // 32
+    parts = [scale * 0.5 if form == "e2m1" else scale]  # the table of kernels holds twice the floats
+    if low is not None:
+        parts.append(low)
+    codes = codes.view(rows, blocks, 32)
+    if not form.startswith("int8"):
+        first, second = codes.chunk(2, -1)
+        codes = first | second << 4
+    head = [part.float().contiguous().view(torch.uint8).view(rows, blocks, -1) for part in parts]
+    return torch.cat([*head, codes], -1).flatten(1)
 
 
 class MixedLinear(Linear):

@@ -1,4 +1,5 @@
-"""Layers of small codes: bit for bit the layers of the float32 weights that the codes stand for."""
+"""Layers of small codes: bit for bit the layers of the float32 weights that the codes stand for, or of integers within
+the error of packed layers, and with the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ import pytest
 import torch
 
 from engine.ops import native
-from engine.ops.coded import CODE_BLOCK, CODE_FORMS, CodedLinear, can_keep_codes
+from engine.ops.coded import CODE_BLOCK, CODE_FORMS, FORMS, can_keep_codes, coded_linear, fits
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import TABLE
+from engine.ops.packed import OWN_KINDS, PackedLinear
+from tests.ops.test_packed import relative_error
 
 CPU = torch.device("cpu")
 EIGHT_BITS = ("int8", "int8 and low", "e4m3")
@@ -36,52 +39,76 @@ def pair(
     weight = numbers * scale.repeat_interleave(group, 1)
     if low is not None:
         weight += low.repeat_interleave(group, 1)
-    cut = CodedLinear.piece_rows(rows // 2)
+    cut = PackedLinear.piece_rows(rows // 2)
     added = torch.linspace(-1, 1, rows) if bias else None
     pieces = ((a, b, codes[a:b], scale[a:b], low[a:b] if low is not None else None) for a, b in ((0, cut), (cut, rows)))
     own = None if table is None else table.tolist()
-    coded = CodedLinear(kind, rows, columns, dtype, pieces, added, group=group, table=own)
+    coded = coded_linear(kind, rows, columns, dtype, pieces, added, group=group, table=own)
     plain = Linear(weight, added)
     plain.prepare(kind="native")
     return coded, plain
 
 
-@pytest.mark.parametrize("kind", CODE_FORMS)
+def hold(coded: Linear, plain: Linear, x: torch.Tensor, counts: tuple[int, ...]) -> None:
+    """One is the other's products, in any batch."""
+    expected, found = plain(x), coded(x)
+    if isinstance(coded, PackedLinear):
+        assert relative_error(found, expected) < 3e-5
+    else:
+        assert torch.equal(found, expected)
+    for count in counts:
+        assert torch.equal(coded(x[:count]), found[:count])
+    assert torch.equal(coded(x[3:4]), found[3:4])
+
+
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize(("rows", "columns"), [(77, 512), (64, 768)])
-def test_bits_of_the_plain_layer(kind: str, rows: int, columns: int) -> None:
+def test_products_of_the_plain_layer(kind: str, rows: int, columns: int) -> None:
     coded, plain = pair(kind, rows, columns, bias=rows == 77)
+    assert isinstance(coded, PackedLinear) == (kind in OWN_KINDS)
     x = torch.randn(250, columns, generator=torch.Generator().manual_seed(0))
-    expected = plain(x)
-    assert torch.equal(coded(x), expected)
-    for count in (1, 2, 5, 6, 7, 13, 193):
-        assert torch.equal(coded(x[:count]), expected[:count])
-    assert torch.equal(coded(x[3:4]), expected[3:4])
+    hold(coded, plain, x, (1, 2, 5, 6, 7, 13, 193))
     ids = torch.tensor([0, rows - 1, 17, 17])
     assert torch.equal(coded.rows(ids), plain.rows(ids)) and torch.equal(coded.rows(ids.int()), plain.rows(ids))
 
 
-@pytest.mark.parametrize("kind", ["e2m1", "table"])
-@pytest.mark.parametrize(("group", "columns"), [(16, 16), (16, 528), (48, 96), (64, 512), (256, 256)])
+@pytest.mark.parametrize(
+    ("kind", "group", "columns"),
+    [(kind, *sizes) for kind in ("e2m1", "table") for sizes in ((64, 512), (256, 256), (96, 96))]
+    + [("e2m1", 16, 32), ("e2m1", 16, 544), ("e2m1", 48, 96), ("int4", 128, 512), ("int8 and low", 96, 96)],
+)
 def test_scales_of_more_and_of_fewer_columns(kind: str, group: int, columns: int) -> None:
     coded, plain = pair(kind, 70, columns, group=group)
-    x = torch.randn(200, columns, generator=torch.Generator().manual_seed(0))
-    expected = plain(x)
-    for count in (1, 2, 7, 200):
-        assert torch.equal(coded(x[:count]), expected[:count])
+    hold(coded, plain, torch.randn(200, columns, generator=torch.Generator().manual_seed(0)), (1, 2, 7, 200))
     ids = torch.tensor([69, 3])
     assert torch.equal(coded.rows(ids), plain.rows(ids))
+
+
+def test_what_does_not_fit() -> None:
+    assert fits("e2m1", 16, 64) and fits("int4", 64, 96) and fits("e4m3", 128, 128)
+    assert not fits("e2m1", 16, 48) and not fits("e2m1", 8, 64) and not fits("int4", 16, 64)
+    assert not fits("e4m3", 16, 64) and not fits("nf3", 32, 64)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 288])
 def test_short_rows(columns: int) -> None:
     coded, plain = pair("int4 and low", 40, columns)
-    x = torch.randn(9, columns + 8)[:, :columns]  # strided
-    assert torch.equal(coded(x), plain(x)) and torch.equal(coded(x[:1]), plain(x[:1]))
+    hold(coded, plain, torch.randn(9, columns + 8)[:, :columns], (1, 5))  # strided
+
+
+def test_inputs_of_eight_bits() -> None:
+    coded, plain = pair("int4 and low", 48, 512)
+    assert isinstance(coded, PackedLinear)
+    x = torch.randn(9, 512)
+    before = coded(x)
+    coded.take_eight_bits()
+    assert coded.input_bits == 8 and not torch.equal(coded(x), before)
+    assert relative_error(coded(x), plain(x)) < 1e-2 and torch.equal(coded(x[:2]), coded(x)[:2])
 
 
 def test_inputs_in_bfloat16() -> None:
     """Widened, multiplied as float32, rounded once."""
-    coded, plain = pair("int8", 48, 256, torch.bfloat16)
+    coded, plain = pair("e4m3", 48, 256, torch.bfloat16)
     x = torch.randn(7, 256).bfloat16()
     assert torch.equal(coded(x), plain(x.float()).bfloat16())
     assert torch.equal(coded(x[:1]), plain(x[:1].float()).bfloat16())
@@ -103,6 +130,9 @@ def test_threads_change_nothing() -> None:
 def test_bytes_are_few() -> None:
     library = native.library()
     assert library is not None
-    for number, expected in enumerate((5, 6, 9, 10, 9, 5, 6)):
-        assert library.hold.ol_codes_size(number, 1024, 1024) * 32 == expected * 1024 * 1024
+    for kind, number in CODE_FORMS.items():
+        assert library.hold.ol_codes_size(number, 1024, 1024) * 32 == {"e4m3": 9, "table": 5}[kind] * 1024 * 1024
+    for kind, (number, _) in OWN_KINDS.items():
+        bits = {"int4": 5, "int4 and low": 6, "int8": 9, "int8 and low": 10, "e2m1": 6}[kind]
+        assert library.hold.ol_packed_blocks(number, 1024, 1024) * 8 == bits * 1024 * 1024
     assert CODE_BLOCK == 32

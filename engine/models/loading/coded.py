@@ -19,11 +19,11 @@ from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights
 from engine.models.parts.source import PREFIX
 from engine.ops import coded as on_cpu
 from engine.ops import device_coded as on_gpu
-from engine.ops.coded import CodedLinear, Piece
+from engine.ops.coded import Piece
 from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.experts import Stack
 from engine.ops.linear import Linear
-from engine.ops.packed import MixedLinear
+from engine.ops.packed import MixedLinear, PackedLinear
 from engine.ops.reordered import ReorderedLinear
 
 _EMBEDDING = f"{PREFIX}embed_tokens.weight"
@@ -34,7 +34,7 @@ _PIECE = 1024 * 1024
 
 
 class CodedWeights(CheckpointWeights):
-    """CheckpointWeights with a CodedLinear for each layer whose parts can all be codes of one form."""
+    """CheckpointWeights with a layer of codes for each whose parts can all be codes of one form."""
 
     packed_input_bits = 16
 
@@ -130,8 +130,8 @@ class CodedWeights(CheckpointWeights):
         if known := on_gpu.forms_kept(dtype, self.device):
             found = [self._form(name) for name in names]
         elif on_cpu.can_keep_codes(dtype, self.device):
-            known, found = tuple(on_cpu.CODE_FORMS), [self.kept_form(name) for name in names]
-            if len(set(found)) > 1 or found[0] is None or not on_cpu.fits(*found[0]):
+            known, found = on_cpu.FORMS, [self.kept_form(name) for name in names]
+            if len(set(found)) > 1 or found[0] is None or not on_cpu.fits(*found[0], self._tensors[names[0]].shape[-1]):
                 return None
         else:
             return None
@@ -162,7 +162,10 @@ class CodedWeights(CheckpointWeights):
         name, group = form
         if on_gpu.forms_kept(dtype, self.device):
             return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation, table)
-        return CodedLinear(name, rows, columns, dtype, pieces, bias, activation, group=group, table=table)
+        linear = on_cpu.coded_linear(name, rows, columns, dtype, pieces, bias, activation, group=group, table=table)
+        if isinstance(linear, PackedLinear) and self.packed_input_bits == 8:
+            linear.take_eight_bits()
+        return linear
 
     def _codes(self, name: str, begin: int, end: int, form: str | None = None) -> Coded:
         """Rows [begin, end). form: one that is its own but for something added."""
@@ -204,7 +207,7 @@ class CodedWeights(CheckpointWeights):
     ) -> Iterator[Piece]:
         """The tensors below one another, in pieces that are small where no order mixes their rows. form: see _codes."""
         total = sum(rows)
-        step = CodedLinear.piece_rows(_PIECE // columns) if order is None else total
+        step = PackedLinear.piece_rows(_PIECE // columns) if order is None else total
         starts = [sum(rows[:index]) for index in range(len(rows))]
         for begin in range(0, total, step):
             end = min(begin + step, total)

@@ -84,7 +84,7 @@ class Quantised(ABC):
         return None
 
     def form(self, view: View) -> str | None:
-        """Of the codes, one of ops/device_coded.FORMS or ops/coded.CODE_FORMS, in which a layer can keep these numbers;
+        """Of the codes, one of ops/device_coded.FORMS or ops/coded.FORMS, in which a layer can keep these numbers;
         None where there is none."""
         return None
 
