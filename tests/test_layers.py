@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -190,12 +191,15 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """Every imported module, also inside functions; imports under TYPE_CHECKING do not run and do not count."""
     names: set[str] = set()
 
     def walk(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+                continue  # an expression, which holds no statement
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
             if isinstance(child, ast.Import):
@@ -208,7 +212,7 @@ def imports(path: Path) -> set[str]:
             walk(child)
 
     walk(ast.parse(path.read_text()))
-    return names
+    return frozenset(names)
 
 
 def part_of(module: str) -> str:
