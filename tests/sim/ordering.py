@@ -37,9 +37,10 @@ class CheckedPolicy(AdmissionPolicy):
 
     def push(self, sequence: Sequence) -> None:
         self._charge()
-        key = sequence.request.fairness_key
-        if key not in [other.request.fairness_key for other in self._alive() if other not in self._charged]:
-            self._served[key] = max(self._served[key], self._floor)
+        if self.name == "fair":
+            key = sequence.request.fairness_key
+            if key not in [other.request.fairness_key for other in self._alive() if other not in self._charged]:
+                self._served[key] = max(self._served[key], self._floor)
         self._waiting.append(sequence)
         self._policy.push(sequence)
 

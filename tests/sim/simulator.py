@@ -338,16 +338,15 @@ class Simulator:
 
     # ---- what happens
 
-    @property
-    def _names_of_open(self) -> set[str]:
-        return {client.name for client in self.open.values()} if self.transfer is not None else set()
+    def _is_open(self, name: str | None) -> bool:
+        return self.transfer is not None and any(client.name == name for client in self.open.values())
 
     def _arrive(self, tick: int) -> None:
         coming, self._early = self._early, []
         while self.arrivals and self.arrivals[0].tick <= tick:
             coming.append(self.arrivals.popleft())
         for arrival in coming:
-            if arrival.waits and arrival.follows in self._names_of_open and tick < self.options.ticks - 1:
+            if arrival.waits and tick < self.options.ticks - 1 and self._is_open(arrival.follows):
                 self._early.append(arrival)
                 continue
             request, carrier = arrival.request, None

@@ -154,18 +154,18 @@ class Runs:
     error: str | None = None
 
     def __init__(self, seed: int, vocab_size: int, *, free: int, run: int, length: int) -> None:
-        self.seed, self.vocab_size, self.length = seed, vocab_size, length
-        self.free, self.period = free, free + run
-        self.num_seen = 0
+        self.length, self.num_seen = length, 0
+        # Asked for over and over: of each place, behind which stands that nothing is forced.
+        self._tokens = [
+            None if place % (free + run) < free else mix_int(seed << 32 | place) % vocab_size for place in range(length)
+        ] + [None]
 
     def token_at(self, place: int) -> int | None:
-        if place % self.period < self.free or place >= self.length:
-            return None
-        return mix_int(self.seed << 32 | place) % self.vocab_size
+        return self._tokens[place] if place < self.length else None
 
     def forced_tokens(self) -> list[int]:
-        rest = itertools.count(self.num_seen)
-        return list(itertools.takewhile(lambda token: token is not None, map(self.token_at, rest)))  # type: ignore[arg-type]
+        begin = min(self.num_seen, self.length)
+        return self._tokens[begin : self._tokens.index(None, begin)]  # type: ignore[return-value]
 
     def copy(self) -> Runs:
         return copy.copy(self)
