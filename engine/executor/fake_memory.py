@@ -6,6 +6,7 @@ rows: plain lists take a fraction of what array operations cost there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
@@ -130,6 +131,12 @@ def first_seen(position: int, window: int | None) -> int:
     return max(0, position - window + 1)
 
 
+@functools.lru_cache(maxsize=64)
+def _cells_of_pages(count: int, page_size: int) -> list[tuple[int, ...]]:
+    """Nobody changes them: many devices of one size share them."""
+    return [tuple(range(first, first + page_size)) for first in range(0, count, page_size)]
+
+
 class Cells:
     """The KV cells of all pages. tags: position * groups + group that a cell was written for, -1 for never; tainted: by
     a failed step; layer0, layer1: hashes. Arrays, because others copy pages of them."""
@@ -142,7 +149,7 @@ class Cells:
         self.layer0: UInt64Array = np.zeros(count, np.uint64)
         self.layer1: UInt64Array = np.zeros(count, np.uint64)
         self._page_size = page_size
-        self._of_page = [tuple(range(first, first + page_size)) for first in range(0, count, page_size)]
+        self._of_page = _cells_of_pages(count, page_size)
 
     def parts(self) -> list[npt.NDArray[np.uint8]]:
         """uint8 [pages, bytes of a page] each."""

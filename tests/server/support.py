@@ -182,11 +182,17 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+@functools.cache
+def demo_template() -> ChatTemplate | None:
+    """To compile it takes twice as long as to start a server, and no server changes it."""
+    return ChatTemplate.load(DEMO)
+
+
 def served_model(**changes: Any) -> ServedModel:
     model = ServedModel(
         names=("demo", "org/demo"),
         created=1_700_000_000,
-        chat_template=ChatTemplate.load(DEMO),
+        chat_template=demo_template(),
         generation_defaults=GenerationDefaults(),
         model_config=read_spec(DEMO),
         max_model_len=512,
