@@ -68,7 +68,7 @@ serve: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve 
 	@exec $(BIN)/python -m engine.serve $(MODEL_ARGS) $(ARGS)
 
 # Two processes, each with whole files in the order of their names; ARGS="-n 0" is one process.
-test: $(VENV)/.dev  ## all tests that need no GPU
+test: $(VENV)/.dev kernels  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 kernels: $(VENV)/.dev  ## compile the CPU kernels, which the first process to need them does else
