@@ -15,6 +15,7 @@ if DEVICE.type == "cpu":
 
 from engine.groups import Chunk  # noqa: E402
 from engine.ops.triton.attention import Tile, decode_attention, parts_of  # noqa: E402
+from tests.cuda.pairs import crossed  # noqa: E402
 
 PAGE = 16
 NARROW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
@@ -50,19 +51,20 @@ def reference(
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("parts", [1, 3])
+SHAPES: list[tuple[int, int, int, int, dict[str, Any]]] = [
+    (8, 2, 64, 64, {}),
+    (8, 2, 64, 64, {"window": 40}),
+    (6, 2, 32, 16, {"softcap": 3.0}),
+    (4, 2, 16, 16, {"window": Chunk(32)}),
+    (4, 4, 48, 48, {"window": 200, "sinks": True}),
+    (5, 1, 16, 16, {"softcap": 2.0, "window": 20, "sinks": True}),
+]
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "value_dim", "more"),
-    [
-        (8, 2, 64, 64, {}),
-        (8, 2, 64, 64, {"window": 40}),
-        (6, 2, 32, 16, {"softcap": 3.0}),
-        (4, 2, 16, 16, {"window": Chunk(32)}),
-        (4, 4, 48, 48, {"window": 200, "sinks": True}),
-        (5, 1, 16, 16, {"softcap": 2.0, "window": 20, "sinks": True}),
-    ],
+    ("heads", "kv_heads", "dim", "value_dim", "more", "parts", "dtype"),
+    [(*shape, *rest) for shape, *rest in crossed(SHAPES, [1, 3], [torch.float32, NARROW])],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 def test_against_torch(
     heads: int, kv_heads: int, dim: int, value_dim: int, more: dict[str, Any], parts: int, dtype: torch.dtype
 ) -> None:

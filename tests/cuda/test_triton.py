@@ -45,6 +45,7 @@ from engine.ops.triton import (  # noqa: E402
     sampling,
     skinny,
 )
+from tests.cuda.pairs import crossed  # noqa: E402
 
 
 def patch_language_once() -> None:
@@ -154,10 +155,11 @@ def test_rotate(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: in
         assert torch.equal(ours[..., before + rot :], theirs[..., before + rot :])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 4])
-@pytest.mark.parametrize("activation_name", [None, "silu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("activation_name", "rows", "blocks", "dtype"),
+    crossed([None, "silu", "gelu_tanh"], [1, 3, 4], [(2, 32, 1), BLOCKS[0]], DTYPES),
+    ids=str,
+)
 def test_skinny_product(
     dtype: torch.dtype, blocks: tuple[int, int, int], rows: int, activation_name: str | None
 ) -> None:
@@ -171,9 +173,7 @@ def test_skinny_product(
         assert ours.shape == (rows, out_features // (2 if activation_name else 1)) and close(ours, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("rows", "blocks", "dtype"), crossed([1, 3], [(2, 32, 1), BLOCKS[0]], DTYPES), ids=str)
 def test_skinny_product_takes_a_norm_and_a_residual_along(
     dtype: torch.dtype, blocks: tuple[int, int, int], rows: int
 ) -> None:
@@ -195,9 +195,7 @@ def test_skinny_product_takes_a_norm_and_a_residual_along(
         assert torch.equal(stream[:, out_features:], before[:, out_features:])
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4])
-@pytest.mark.parametrize("in_features", [2048, 8192])
-@pytest.mark.parametrize("activation_name", [None, "silu"])
+@pytest.mark.parametrize(("rows", "in_features", "activation_name"), crossed([2, 3, 4], [2048, 8192], [None, "silu"]))
 def test_skinny_product_over_real_rows(rows: int, in_features: int, activation_name: str | None) -> None:
     """As many numbers as a product of Llama-3.2-1B sums, in all block sizes."""
     x, weight = randn(rows, in_features), in_features**-0.5 * randn(16, in_features, seed=1)
@@ -206,9 +204,11 @@ def test_skinny_product_over_real_rows(rows: int, in_features: int, activation_n
         assert close(skinny.skinny_product(x, weight, None, blocks, activation_name), expected)
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("tile", [(16, 32, 64, 1, 2), (32, 16, 128, 1, 2)], ids=str)
-@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("activation_name", "tile", "dtype"),
+    crossed(["silu", "gelu_tanh"], [(16, 32, 64, 1, 2), (32, 16, 128, 1, 2)], NARROW),
+    ids=str,
+)
 def test_gated_product(dtype: torch.dtype, tile: tuple[int, int, int, int, int], activation_name: str) -> None:
     """Sizes that fit no tile; more tiles of rows than go together; rows that are part of wider ones."""
     rows, inner, in_features = 9 * tile[0] + 5, 45, 40
