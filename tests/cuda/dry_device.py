@@ -28,8 +28,8 @@ warnings.simplefilter("ignore")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_flatten  # noqa: E402
+
+from tests.cuda.fake_device import Mode, tensors_of  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
 # Operations that only hand out memory or another view of it, so that no kernel runs.
@@ -97,16 +97,12 @@ LOG = Log()
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-class DryMode(TorchDispatchMode):
+class DryMode(Mode):
     """Operations on the device give fake tensors; what passes between host and device is looked at."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        given = _tensors((args, kwargs))
+        given = tensors_of((args, kwargs))
         name = func._schema.name.removeprefix("aten::")
         if name.startswith("prim::"):  # of what is known of a tensor without a look at it
             return func(*args, **kwargs)
@@ -130,7 +126,7 @@ class DryMode(TorchDispatchMode):
         with FAKE:
             result = func(*args, **kwargs)
         memory = {tensor.untyped_storage()._cdata for tensor in given}
-        out = _tensors(result)
+        out = tensors_of(result)
         returns = func._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         fresh = any(tensor.untyped_storage()._cdata not in memory for tensor in out)

@@ -93,30 +93,56 @@ class FakeGraph:
 class Operation:
     """What there is to know of one of torch's: a question to torch takes longer than many an operation.
 
-    arguments: names of all; written: of those whose memory it changes.
+    arguments: names of all; written: of those whose memory it changes, with their places.
     """
 
+    func: Any
     name: str
     synchronises: bool
+    masks_wait: bool  # an index that is a mask makes the host wait
     is_view: bool
     arguments: tuple[str, ...]
-    written: tuple[str, ...]
+    written: tuple[tuple[int, str], ...]
 
     def named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Its arguments by name."""
         return dict(zip(self.arguments, args, strict=False)) | kwargs
 
+    def changed(self, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+        """What it writes to, None where that is not given."""
+        return [args[place] if place < len(args) else kwargs.get(name) for place, name in self.written]
 
-@functools.cache
+
+# By the identity of torch's own object, which Operation holds: to hash that takes a call.
+OPERATIONS: dict[int, Operation] = {}
+
+
 def operation_of(func: Any) -> Operation:
-    schema = func._schema
-    return Operation(
-        schema.name,
-        schema.name in SYNCHRONISING or f"{schema.name}.{schema.overload_name}" in SYNCHRONISING,
-        any(r.alias_info is not None for r in schema.returns),
-        tuple(a.name for a in schema.arguments),
-        tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write),
-    )
+    operation = OPERATIONS.get(id(func))
+    if operation is None:
+        schema = func._schema
+        operation = OPERATIONS[id(func)] = Operation(
+            func,
+            schema.name,
+            schema.name in SYNCHRONISING or f"{schema.name}.{schema.overload_name}" in SYNCHRONISING,
+            schema.name in ("aten::index", "aten::index_put_", "aten::index_put"),
+            any(r.alias_info is not None for r in schema.returns),
+            tuple(a.name for a in schema.arguments),
+            tuple(
+                (place, a.name)
+                for place, a in enumerate(schema.arguments)
+                if a.alias_info is not None and a.alias_info.is_write
+            ),
+        )
+    return operation
+
+
+def refuse_waits(operation: Operation, args: Any) -> None:
+    """Of operations in a step's work: none makes the host wait."""
+    assert not operation.synchronises, f"{operation.name} makes the host wait for the device"
+    if operation.masks_wait:
+        indices = [i for i in args[1] if i is not None]
+        assert all(i.dtype != torch.bool for i in indices), f"{operation.name} by a mask makes the host wait"
 
 
 class Mode(TorchDispatchMode):
@@ -131,13 +157,13 @@ class _NoSync(Mode):
     """Refuses operations that would synchronise."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operation = operation_of(func)
-        name = operation.name
-        assert not operation.synchronises, f"{name} makes the host wait for the device"
-        if name in ("aten::index", "aten::index_put_", "aten::index_put"):
-            indices = [i for i in args[1] if i is not None]
-            assert all(i.dtype != torch.bool for i in indices), f"{name} by a mask makes the host wait"
+        refuse_waits(operation_of(func), args)
         return func(*args, **(kwargs or {}))
+
+
+def _is_harmless(tensor: Tensor) -> bool:
+    """Whatever numbers are in it."""
+    return tensor.is_floating_point() or not tensor.numel()
 
 
 class _Recorder(Mode):
@@ -152,16 +178,17 @@ class _Recorder(Mode):
         operation = operation_of(func)
         assert not operation.synchronises, f"{operation.name} cannot be captured: it synchronises"
         if operation.written:
-            names = operation.named(args, kwargs)
             self.graph.operations.append(lambda: func(*args, **kwargs))
-            results = [names[name] for name in operation.written]
+            results = operation.changed(args, kwargs)
             return results[0] if len(results) == 1 else tuple(results)
-        # Only shapes count; zeros are a valid index everywhere, garbage is not.
-        harmless = tree_map_only(
-            Tensor, lambda t: t if t.is_floating_point() or not t.numel() else torch.zeros_like(t), (args, kwargs)
-        )
-        storages = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
-        result = func(*args, **kwargs) if operation.is_view else func(*harmless[0], **harmless[1])
+        given = tensors_of((args, kwargs))
+        storages = {t.untyped_storage().data_ptr() for t in given}
+        if operation.is_view or all(map(_is_harmless, given)):
+            result = func(*args, **kwargs)
+        else:
+            # Only shapes count; zeros are a valid index everywhere, garbage is not.
+            harmless = tree_map_only(Tensor, lambda t: t if _is_harmless(t) else torch.zeros_like(t), (args, kwargs))
+            result = func(*harmless[0], **harmless[1])
         outputs = tensors_of(result)
         if all(t.untyped_storage().data_ptr() in storages for t in outputs if t.numel()):
             return result  # views stay views
@@ -193,12 +220,20 @@ def tensors_of(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     found: list[Tensor] = []
-    for each in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+    if isinstance(tree, NESTS):
+        _gather(tree, found)
+    return found
+
+
+NESTS = list, tuple, dict
+
+
+def _gather(tree: Any, found: list[Tensor]) -> None:
+    for each in tree.values() if isinstance(tree, dict) else tree:
         if isinstance(each, Tensor):
             found.append(each)
-        elif isinstance(each, list | tuple | dict):
-            found += tensors_of(each)
-    return found
+        elif isinstance(each, NESTS) and each:
+            _gather(each, found)
 
 
 class FakeDevice:

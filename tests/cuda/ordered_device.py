@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.cuda.fake_device import FakeDevice, FakeEvent, Mode, operation_of, tensors_of
+from tests.cuda.fake_device import FakeDevice, FakeEvent, Mode, operation_of, refuse_waits, tensors_of
 
 HOST, OTHER_HOST = "host", "another thread of the host"
 Clock = dict[str, int]
@@ -86,19 +86,28 @@ def _covers(a: Spans, b: Spans) -> bool:
     return True
 
 
+BY_INDEX = {"aten::index_select", "aten::index_copy_"}
+BY_INDICES = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}
+BY_ROWS = BY_INDEX | BY_INDICES
+
+
 def _rows_of(name: str, names: dict[str, Any]) -> Tensor | None:
-    """The rows of `self` that an operation reads or writes; None: any."""
-    if name in ("aten::index_select", "aten::index_copy_") and names["dim"] == 0:
-        rows = names["index"]
-    elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
-        rows = names["indices"][0]
-    else:
+    """The rows of `self` that an operation of BY_ROWS reads or writes; None: any."""
+    if name in BY_INDEX and names["dim"] != 0:
         return None
+    rows = names["index"] if name in BY_INDEX else names["indices"][0]
     return rows if isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64) else None
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [tensor for tensor in tensors_of(tree) if tensor.numel()]
+
+
+def _is_view_of(result: Any, args: Any) -> bool:
+    """The quick answer for what is asked most: one tensor, of the first argument's memory."""
+    if not isinstance(result, Tensor) or not args or not isinstance(args[0], Tensor):
+        return False
+    return result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
 
 
 def _join(clock: Clock, other: Clock) -> None:
@@ -112,21 +121,28 @@ class _Noting(Mode):
     def __init__(self, device: OrderedDevice, who: str, clock: Clock) -> None:
         super().__init__()
         self.device, self.who, self.clock = device, who, clock
+        # Whether this is a step's work, in which nothing makes the host wait: two modes would take twice as long.
+        self.refuses_waits = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operation = operation_of(func)
+        if self.refuses_waits:
+            refuse_waits(operation, args)
         result = func(*args, **kwargs)
+        if operation.is_view and not operation.written and _is_view_of(result, args):
+            return result
         given = _tensors((args, kwargs))
         memory = {tensor.untyped_storage().data_ptr() for tensor in given}
-        out = _tensors(result)
-        names = operation.named(args, kwargs)
-        written = _tensors([names.get(name) for name in operation.written])
-        fresh = [tensor for tensor in out if tensor.untyped_storage().data_ptr() not in memory]
+        written = _tensors(operation.changed(args, kwargs)) if operation.written else []
+        fresh = [tensor for tensor in _tensors(result) if tensor.untyped_storage().data_ptr() not in memory]
         if operation.is_view and not written and not fresh:
             return result
         note, name = self.device.note, operation.name
-        rows, whole = _rows_of(name, names), names.get("self")
+        rows = whole = None
+        if name in BY_ROWS:
+            names = operation.named(args, kwargs)
+            rows, whole = _rows_of(name, names), names.get("self")
         for tensor in given:
             if not any(tensor is other for other in written):
                 of = rows if tensor is whole else None
@@ -252,10 +268,14 @@ class OrderedDevice(FakeDevice):
                 self._events[records] = clock
 
             def noted() -> None:
-                with _Noting(self, who, clock):
+                with _Noting(self, who, clock) as self._noting:
                     run()
 
             super()._enqueue(noted, waits, records)
+
+    def _compute(self, work: Callable[[], object]) -> None:
+        self._noting.refuses_waits = True
+        work()
 
     def kernel(self, work: Callable[[], object]) -> None:
         if self.recorder is not None:
