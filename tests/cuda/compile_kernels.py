@@ -7,9 +7,11 @@ does not compile raises.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import re
+import struct
 import subprocess
 import tempfile
 import warnings
@@ -29,33 +31,59 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 # What a block may have on these GPUs, in bytes.
 SHARED_MEMORY = 227 * 1024
-# Kernels whose loads of 16 bytes are counted in every variant: taking machine code apart is as slow as making it.
+# Kernels whose loads of 16 bytes are counted in every variant.
 WIDE = {"_skinny", "_gate_and_mul", "_segments", "_choose", "_weigh"}
 WIDE_LOAD = r"\bLDG\.E\S*\.128\b"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+# Of those launched so far: what is known, and machine code that is to be taken apart, or None.
+COMPILED: list[tuple[dict[str, Any], bytes | None]] = []
 
 
-def machine_code(cubin: bytes, *, taken_apart: bool) -> dict[str, int]:
-    """registers of a thread and stack (bytes that did not fit there), by the tool that Triton has.
-
-    taken_apart: also loads of 16 bytes, and of programmatic dependent launch: loads before the wait, stores and ends
-    before it.
-    """
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    options = ["-res-usage", *(["-sass"] if taken_apart else [])]
+def size_of(cubin: bytes) -> dict[str, int]:
+    """registers of a thread and stack (bytes that did not fit there), by the tool that Triton has."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, *options, file.name], capture_output=True, text=True, check=True, timeout=60
-        ).stdout
+        text = _said_by("cuobjdump", "-res-usage", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text[:500]
-    size = {"registers": int(found[1]), "stack": int(found[2])}
-    if not taken_apart:
-        return size
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def taken_apart(codes: list[bytes]) -> list[str]:
+    """The instructions of each, in words. All at once: the tool takes longer to start than for a kernel."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        lines = _said_by("nvdisasm", "-b", "SM90", file.name).splitlines()
+    ends = list(itertools.accumulate(map(len, codes)))
+    found: list[list[str]] = [[] for _ in codes]
+    for line in lines:
+        if (match := re.match(r"\s*/\*([0-9a-f]+)\*/", line)) is not None:
+            found[bisect.bisect(ends, int(match[1], 16))].append(line)
+    assert all(found)
+    return ["\n".join(each) for each in found]
+
+
+def instructions_of(cubin: bytes) -> bytes:
+    """The only section of code of an ELF file."""
+    (sections,), (size, count, names) = struct.unpack_from("<Q", cubin, 0x28), struct.unpack_from("<HHH", cubin, 0x3A)
+    found = [struct.unpack_from("<IIQQQQ", cubin, sections + number * size) for number in range(count)]
+    codes = [
+        cubin[begin : begin + length]
+        for name, _, _, _, begin, length in found
+        if cubin.startswith(b".text.", found[names][4] + name)
+    ]
+    assert len(codes) == 1
+    return codes[0]
+
+
+def what_is_in(text: str) -> dict[str, int]:
+    """Of instructions: loads of 16 bytes, and of programmatic dependent launch: loads before the wait, stores and ends
+    before it."""
     # What comes before the wait for the kernel ahead; all of it, where there is no wait.
     ahead, wait, _ = text.partition("ACQBULK")
-    return size | {
+    return {
         "wide_loads": len(re.findall(WIDE_LOAD, text)),
         "waits": bool(wait),
         "lets_next_begin": "PREEXIT" in ahead,
@@ -63,6 +91,10 @@ def machine_code(cubin: bytes, *, taken_apart: bool) -> dict[str, int]:
         "wide_loads_ahead": len(re.findall(WIDE_LOAD, ahead)),
         "too_early": len(re.findall(r"\b(?:STG|ST\.E|RED|ATOMG|EXIT)\b", ahead.replace("PREEXIT", ""))),
     }
+
+
+def _said_by(tool: str, *words: str) -> str:
+    return subprocess.run([TOOLS / tool, *words], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
 def compile_only() -> None:
@@ -75,26 +107,32 @@ def compile_only() -> None:
         get_active_torch_device=lambda: torch.device("cpu"),
     )
     triton.runtime.driver.set_active(driver)
-    seen: set[str] = set()
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., object]:
         def launch(*args: Any, **options: Any) -> object:
             assert all(1 <= size <= limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=False)), grid
             found = kernel.run(*args, grid=grid, warmup=True, **options)
             assert found.metadata.shared <= SHARED_MEMORY, f"{kernel.__name__} needs {found.metadata.shared} bytes"
-            assert len(found.asm["cubin"])
+            cubin = found.asm["cubin"]
+            assert len(cubin)
             tensors = [str(argument.dtype) for argument in args if isinstance(argument, Tensor)]
             line = {"name": kernel.__name__, "types": tensors, "warps": found.metadata.num_warps}
             constants = {name: value for name, value in options.items() if name.isupper()}
-            taken_apart = kernel.__name__ in WIDE or kernel.__name__ not in seen
-            seen.add(kernel.__name__)
-            code = machine_code(found.asm["cubin"], taken_apart=taken_apart)
-            print(json.dumps(line | constants | code), flush=True)
+            is_first = all(each["name"] != kernel.__name__ for each, _ in COMPILED)
+            code = instructions_of(cubin) if kernel.__name__ in WIDE or is_first else None
+            COMPILED.append((line | constants | size_of(cubin), code))
             return found
 
         return launch
 
     JITFunction.__getitem__ = getitem
+
+
+def tell() -> None:
+    """The lines."""
+    texts = iter(taken_apart([code for _, code in COMPILED if code is not None]))
+    for line, code in COMPILED:
+        print(json.dumps(line | (what_is_in(next(texts)) if code is not None else {})))
 
 
 def calls(dtype: torch.dtype, rows: int) -> None:
@@ -321,6 +359,7 @@ def main() -> None:
     compile_only()
     for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 64), (torch.float32, 3)):
         calls(dtype, rows)
+    tell()
 
 
 if __name__ == "__main__":
