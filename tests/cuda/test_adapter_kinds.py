@@ -157,9 +157,9 @@ def reference(folder: Path, number: int) -> CausalLM:
     return model
 
 
-@pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize(
-    ("attention", "graph", "seed"), [("wrapper", "lazy", 1), ("xqa", "start", 2), ("torch", "off", 3)]
+    ("attention", "graph", "seed", "outer"),
+    [("wrapper", "lazy", 1, True), ("xqa", "start", 2, False), ("xqa", "start", 2, True), ("torch", "off", 3, False)],
 )
 async def test_a_mix_of_all_kinds(attention: str, graph: str, seed: int, outer: bool, tmp_path: Path) -> None:
     device = OrderedDevice(seed) if graph == "lazy" else FakeDevice(seed)

@@ -132,15 +132,15 @@ async def without(requests: list[Request], **options: Any) -> list[Delta]:
 
 
 @pytest.mark.parametrize(
-    ("attention", "mode", "seed", "overlap"),
+    ("attention", "mode", "seed", "overlap", "forces"),
     [
-        ("torch", "lazy", 0, True),
-        ("xqa", "start", 1, True),
-        ("wrapper", "off", 2, False),
-        ("wrapper", "lazy", 3, True),
+        ("torch", "lazy", 0, True, True),
+        ("xqa", "start", 1, True, False),
+        ("wrapper", "off", 2, False, True),
+        ("wrapper", "lazy", 3, True, False),
+        ("xqa", "start", 1, True, True),
     ],
 )
-@pytest.mark.parametrize("forces", [True, False])
 async def test_answers_are_those_without_drafts(
     attention: str, mode: str, seed: int, overlap: bool, forces: bool
 ) -> None:

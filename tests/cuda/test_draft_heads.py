@@ -236,8 +236,9 @@ async def test_rows_without_numbers(attention: str, tmp_path: Path) -> None:
     assert executor._drafter._ring.isfinite().all()
 
 
-@pytest.mark.parametrize("attention", ["torch", "xqa"])
-@pytest.mark.parametrize("method", ["_launch_mixed", "_launch_decode", "_launch_drafts"])
+@pytest.mark.parametrize(
+    ("method", "attention"), [("_launch_mixed", "xqa"), ("_launch_decode", "torch"), ("_launch_drafts", "xqa")]
+)
 async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str, attention: str, tmp_path: Path) -> None:
     eagle3.write_head(tmp_path, "plain")
     requests = with_extras(True)

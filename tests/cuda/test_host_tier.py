@@ -243,8 +243,7 @@ async def busily(engine: Engine, requests: list[Request]) -> None:
     await asyncio.gather(*[client() for _ in range(3)])
 
 
-@pytest.mark.parametrize("seed", [3, 4])
-@pytest.mark.parametrize("kind", ["full", "states", "windows"])
+@pytest.mark.parametrize(("kind", "seed"), [("full", 3), ("states", 4), ("windows", 3), ("windows", 4)])
 async def test_copies_are_ordered(kind: str, seed: int) -> None:
     assert not await findings(kind, seed)
 
