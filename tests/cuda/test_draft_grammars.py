@@ -31,7 +31,7 @@ from tests.cuda.test_adapters import asked as with_adapters
 from tests.cuda.test_draft_heads import EAGLE, LIMITS, WITHOUT, apart, make_eagle, target
 from tests.cuda.test_draft_models import MODEL, OTHER, Counting, assert_said, itself, longer, make, other, with_net
 from tests.cuda.test_drafts import DRAFTS
-from tests.cuda.test_failures import Failing
+from tests.cuda.test_failures import Failing, shorter
 from tests.cuda.test_order import read_results
 from tests.sim.workload import Runs
 from tests.speculation import test_eagle3 as eagle3
@@ -219,7 +219,7 @@ async def test_everything_is_ordered(attention: str) -> None:
 
 @pytest.mark.parametrize("method", ["_launch_decode", "_launch_mixed", "_launch_drafts", "_draw_open"])
 async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str) -> None:
-    requests = longer(requests_of(4, 6))
+    requests = shorter(requests_of(4, 6))
     expected = await without(bound(requests))
     for number in range(1, 60):
         executor = make(with_net(itself), kind=Seeing, device=FakeDevice(number, (0.0, 0.4)[number % 2]))

@@ -51,7 +51,7 @@ from tests.cuda.test_draft_models import make as make_model
 from tests.cuda.test_draft_penalties import penalised
 from tests.cuda.test_drafts import make, repeating
 from tests.cuda.test_drafts_beside import Telling, longer
-from tests.cuda.test_failures import Failing
+from tests.cuda.test_failures import Failing, shorter
 from tests.cuda.test_order import read_results
 from tests.speculation import test_mtp as mtp
 
@@ -235,7 +235,7 @@ async def test_failed_steps_are_computed_again(kind: str) -> None:
 
 @pytest.mark.parametrize("method", ["_launch_decode", "_launch_mixed", "_draw_open"])
 async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str) -> None:
-    model, requests = model_of("delta"), penalised(requests_of(4, 6))
+    model, requests = model_of("delta"), shorter(penalised(requests_of(4, 6)))
     expected = await without(model, requests)
     answers = [(request, delta.token_ids) for request, delta in zip(requests, expected, strict=True)]
     for number in range(1, 40):
