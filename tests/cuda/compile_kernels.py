@@ -248,7 +248,8 @@ def attention(dtype: torch.dtype, rows: int) -> None:
 
 
 def coded_weights(dtype: torch.dtype, rows: int) -> None:
-    """Products with weights that stay codes, in every form; the tiles of a form that is common."""
+    """Products with weights that stay codes, in every form; every tile of few rows by codes of eight bits, and of many
+    by codes of four."""
     from engine.ops.device_coded import FORMS, FOUR_BITS, TILES, Codes, tile_rows
     from engine.ops.triton import coded
 
@@ -258,7 +259,7 @@ def coded_weights(dtype: torch.dtype, rows: int) -> None:
         low = torch.empty((64, 2048), dtype=torch.float32) if form.endswith("low") else None
         weight = Codes(form, codes, scale, low, 2048, 32, torch.empty(16) if form == "table" else None)
         x, bias = torch.empty((rows, 2048), dtype=dtype), torch.empty(2048, dtype=dtype)
-        for tile in TILES if form in ("int4", "e4m3") else TILES[:1]:
+        for tile in TILES if form == ("e4m3" if rows == 1 else "int4") else TILES[:1]:
             coded.coded_product(x, weight, bias, (tile_rows(rows), *tile))
         if rows == 1:
             coded.widened(weight, dtype)
@@ -267,7 +268,7 @@ def coded_weights(dtype: torch.dtype, rows: int) -> None:
 
 
 def coded_experts(dtype: torch.dtype, rows: int) -> None:
-    """Experts that stay codes, in every form; all tiles of two that are common, and what gpt-oss adds."""
+    """Experts that stay codes, in every form; of gpt-oss' every tile, each height of them, and what else it adds."""
     from engine.ops.activation import Clamped
     from engine.ops.device_coded import FORMS, FOUR_BITS, Codes
     from engine.ops.experts import CODED_ROWS, CODED_TILES
@@ -289,9 +290,12 @@ def coded_experts(dtype: torch.dtype, rows: int) -> None:
         if rows == 1:
             experts.mix_experts(*given, activation, **how, coded=(16, CODED_TILES[0]))
         else:
-            for tile in CODED_TILES if form == "e2m1" else CODED_TILES[:1]:
-                for high in CODED_ROWS if form in ("e2m1", "e4m3", "int4") else ():
-                    experts.mix_experts(*given, activation, **how, coded=(high, tile))
+            low, high = CODED_ROWS
+            ways = [(high, CODED_TILES[0])] if form in ("e2m1", "e4m3", "int4") else []
+            if form == "e2m1":
+                ways += [(low, CODED_TILES[0]), (high, CODED_TILES[1]), (low, CODED_TILES[2])]
+            for way in ways:
+                experts.mix_experts(*given, activation, **how, coded=way)
             if form == "e2m1":
                 experts.mix_experts(*given, activation, **how)
 
