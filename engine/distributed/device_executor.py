@@ -34,6 +34,7 @@ from engine.distributed.pages import (
     open_pages,
 )
 from engine.distributed.ring import ADAPTERS, PAGES
+from engine.executor import cuda_drafter
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import PinnedWeights
@@ -89,6 +90,9 @@ class LeadingExecutor(RankedExecutor):
         masks = forward_input.masks
         if masks is not None and handle.positions is not None:
             told.sampled = handle.positions.rows.tolist()
+        if self._drafter is not None:
+            told.speculating = [each.slot for each in forward_input.speculations]
+            told.reading = None if handle.reading is None else handle.reading.words()
         message, awaits = steps.write_step(forward_input, told)
         if awaits:
             assert masks is not None
@@ -274,6 +278,9 @@ class FollowingExecutor(RankedExecutor):
         if told.sampled is not None:
             rows = np.array(told.sampled, np.int64)
             handle.positions = Positions(rows, rows)
+        if self._drafter is not None:
+            self._drafter.begin(given, told.speculating)
+            handle.reading = None if told.reading is None else cuda_drafter.Reading.of_words(told.reading)
         self._in_flight += 1
         self.num_steps += 1
         self._start(given, handle)
@@ -337,7 +344,7 @@ class FollowingExecutor(RankedExecutor):
         """Rank 0 says when."""
 
     def _draft_by(self, proposer: Proposer | None) -> None:
-        """Rank 0 does, and brings what it proposes in its steps."""
+        """Rank 0 does, and brings what it proposes in its steps, or what a model is to read in all ranks."""
 
     def _obey(self, do: str, **given: Any) -> None:
         """What rank 0 does as well, and with the same end in all."""

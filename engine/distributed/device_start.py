@@ -28,6 +28,7 @@ from engine.distributed.members import Members
 from engine.distributed.ring import Ring, layouts_of, open_rings
 from engine.executor import cuda_start
 from engine.executor.start import Start
+from engine.models.hub import resolve
 from engine.models.loading.slices import FLAG, refuse
 from engine.ops import native
 from engine.ops.ranks import Ranks
@@ -64,8 +65,13 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
     """What every rank is told, but for its number."""
     options: dict[str, Any] = {"model": config.model, "cache": config.cache, "scheduler": config.scheduler}
     options |= {"logprobs": config.logprobs, "cuda": config.cuda}
-    # Rank 0 names adapters, and says which are loaded; it drafts, and the others know how many rows that makes.
-    options["speculation"] = config.speculation
+    # Rank 0 names adapters, and says which are loaded; it drafts, and the others know how many rows that makes. What
+    # drafts by weights is read by all, from where this one has found it.
+    speculation = config.speculation
+    if speculation.model is not None and speculation.method not in PROPOSERS:
+        found = resolve(speculation.model, speculation.revision, config.model.download_dir)
+        speculation = dataclasses.replace(speculation, model=str(found.resolve()), revision=None)
+    options["speculation"] = speculation
     options["lora"] = dataclasses.replace(config.lora, modules=())
     model = dataclasses.replace(config.model, seed=config.model.seed or 0)
     return {
@@ -96,8 +102,6 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         return (
             f"{FLAG} {size} needs the compiled kernels, for the ranks' shared memory, and here it is {native.status()}"
         )
-    if (method := config.speculation.method) is not None and method not in PROPOSERS:
-        return f"{FLAG} {size} does not go with drafts of a model ({method}) on GPUs so far"
     if config.expert_parallel and not given.spec.experts:
         return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
     return refuse(given.spec, size, expert_parallel=config.expert_parallel)

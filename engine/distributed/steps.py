@@ -14,11 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from engine.forward import ForwardInput, PooledRow, RowExtras, Staging, TokenMasks
+from engine.forward import ForwardInput, Int32Array, PooledRow, RowExtras, Staging, TokenMasks
 from engine.request import Pooling
 
 STEP, MASKS, CAPTURE, COMMAND, DROP, CLEANSE = 1, 2, 3, 4, 5, 6
-WORDS = 14
+WORDS = 15
+
+# Of Told, what few steps have.
+RARE = ("adapters", "gone", "sampled", "speculating")
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -56,6 +59,7 @@ class Told:
     side: of the staging sets that it is laid out in. num_ahead: steps that are in flight. adapters: the indices that
     others take, by the numbers that all ranks know them by, 0 for none. gone: numbers of adapters that nobody asks for
     again. sampled: of each position that is sampled, the row that masks are for, where drafts are rows of their own.
+    speculating: slots that do from this step on, where a model drafts; reading: what it reads and drafts, as words.
     """
 
     side: int
@@ -63,6 +67,8 @@ class Told:
     adapters: Sequence[Sequence[int]] = ()
     gone: Sequence[int] = ()
     sampled: Sequence[int] | None = None
+    speculating: Sequence[int] = ()
+    reading: Int32Array | None = None
 
 
 def write_step(given: ForwardInput, told: Told) -> tuple[list[Bytes], bool]:
@@ -78,18 +84,21 @@ def write_step(given: ForwardInput, told: Told) -> tuple[list[Bytes], bool]:
         rare["extras"] = [_extras_words(each) for each in given.extras]
     if given.pooled:
         rare["pooled"] = given.pooled
-    for name in ("adapters", "gone", "sampled"):
+    for name in RARE:
         if found := getattr(told, name):
             rare[name] = found
     text = orjson.dumps(rare, option=orjson.OPT_SERIALIZE_NUMPY) if rare else b""
     staging = given.staging
-    parts = [np.array([*head, len(text)], np.int64).view(np.uint8)]
+    reading = np.zeros(0, np.int32) if told.reading is None else told.reading
+    parts = [np.array([*head, len(reading), len(text)], np.int64).view(np.uint8)]
     # Most steps have most of them empty.
     parts += [getattr(staging, name)[:length].view(np.uint8) for name, length in _lengths(given).items() if length]
     if masks is not None:
         parts.append(masks.rows.view(np.uint8))
         if ready:
             parts.append(masks.bits.reshape(-1).view(np.uint8))
+    if len(reading):
+        parts.append(reading.view(np.uint8))
     if text:
         parts.append(np.frombuffer(text, np.uint8))
     return parts, masks is not None and not ready
@@ -112,7 +121,7 @@ def side_of(message: Bytes) -> int:
 def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, Told]:
     """The same step, in another staging set, without adapters to load."""
     head = message[: 8 * WORDS].view(np.int64).tolist()
-    _, step, ahead, side, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
+    _, step, ahead, side, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, *lengths = head
     told = Told(side, ahead)
     given = ForwardInput(step, staging, rows, decodes, tokens, diffs, changed, num_saves=saves, num_loads=loads)
     staging.reserve_table_diff(diffs)
@@ -131,11 +140,15 @@ def read_step(message: Bytes, staging: Staging) -> tuple[ForwardInput, Told]:
         if ready:
             at = _fill(masks, message, at)
         given.masks = masks
+    reading_length, text_length = lengths
+    if reading_length:
+        end = at + 4 * reading_length
+        told.reading, at = np.frombuffer(message[at:end].tobytes(), np.int32), end
     if text_length:
         rare = orjson.loads(message[at : at + text_length].tobytes())
         given.extras = [_extras_of(words) for words in rare.get("extras", ())]
         given.pooled = [_pooled_of(words) for words in rare.get("pooled", ())]
-        for name in ("adapters", "gone", "sampled"):
+        for name in RARE:
             setattr(told, name, rare.get(name, getattr(told, name)))
     return given, told
 

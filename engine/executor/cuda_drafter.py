@@ -4,7 +4,8 @@ the step has ended, or while it runs where a grammar needs them.
 It keeps keys and values of its own in the pages of the target's sequences. Before a step it reads, by the shapes of
 decoding, the tokens that it has not read yet (every token a row), then goes on from the last of each sequence, one
 launch a draft; both are graphs. Prompts are read chunk by chunk behind the target's. What it has read is noted as it
-is launched: a step that fails forgets it. Owned by the CUDA executor, loop thread.
+is launched: a step that fails forgets it. Where several ranks compute together each has all of it, rank 0 says what is
+read, and all take rank 0's drafts. Owned by the CUDA executor, loop thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache, GraphKey
+from engine.executor.cuda_group import RankGroup
 from engine.executor.tables import SlotTables
 from engine.forward import NULL_SLOT, ForwardInput, Int32Array, Limits
 from engine.ops.attention.device import DecodeStep, DeviceAttention, MixedStep, Ragged, decode_inputs
@@ -70,6 +72,23 @@ class Reading:
     longest: int = 1
     spots: list[tuple[int, int, int]] = field(default_factory=list)
 
+    def words(self) -> Int32Array:
+        """All of it, for another rank."""
+        parts = self.rows, list(self.made.items()), self.spots
+        head = np.array([self.longest, *map(len, parts)], np.int32)
+        return np.concatenate([head, *(np.array(part, np.int32).reshape(-1) for part in parts)])
+
+    @classmethod
+    def of_words(cls, words: Int32Array) -> Reading:
+        """The same."""
+        longest, *counts = words[:4].tolist()
+        cuts = np.cumsum([4, *(count * width for count, width in zip(counts, (4, 2, 3), strict=True))]).tolist()
+        rows, made, spots = (
+            words[begin:end].reshape(-1, width).tolist()
+            for begin, end, width in zip(cuts[:-1], cuts[1:], (4, 2, 3), strict=True)
+        )
+        return cls([(a, b, c, d) for a, b, c, d in rows], dict(made), longest, [(a, b, c) for a, b, c in spots])
+
 
 def _around(limits: Limits) -> int:
     """Positions of a slot whose hidden states are kept: what is not read yet, and what the steps in flight add."""
@@ -79,7 +98,7 @@ def _around(limits: Limits) -> int:
 class DeviceDrafter:
     """A LateProposer. drafts.group: of the target's memory groups, whose pages hold its keys and values, too; context:
     tokens that the net can read. tables: the device's page tables [groups, slots, pages]; sampling: its parameters by
-    slot. mode: of graphs. filters: which slots draw with one."""
+    slot. mode: of graphs. filters: which slots draw with one. ranks: where this is one of several."""
 
     on_device = True
 
@@ -93,6 +112,7 @@ class DeviceDrafter:
         sampling: Tensor,
         filters: npt.NDArray[np.bool_],
         mode: str,
+        ranks: RankGroup | None = None,
     ) -> None:
         self.net = net = drafts.net
         self.attention = drafts.attention
@@ -107,6 +127,10 @@ class DeviceDrafter:
         wide = widened(limits)
         self._rows = wide.max_num_seqs
         self.graphs = GraphCache(layer, mode, self._rows, limits.max_pages_per_seq)
+        self._ranks = ranks
+        if ranks is not None:
+            # What a head asks its target for is a sum of all ranks.
+            self.graphs.agree = ranks.agreed
         self._slots: dict[int, _Slot] = {}
         # Of slots whose prompts are read, and up to which token.
         self._reads: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
@@ -311,7 +335,9 @@ class DeviceDrafter:
         found = self._layer.zeros((number,), torch.int32)
 
         def fill_in() -> None:
-            found.copy_(self._drafts.index_select(0, where.long()))
+            drafts = self._drafts.index_select(0, where.long())
+            # Whatever another rank's kernels made of theirs.
+            found.copy_(drafts if self._ranks is None else self._ranks.taken_of_first(drafts))
             side.token_ids.index_copy_(0, at.long(), found)
 
         self._layer.launch(fill_in)

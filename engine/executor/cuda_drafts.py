@@ -63,6 +63,7 @@ class DraftSteps(DeviceState):
                 sampling=sampling,
                 filters=self._filters,
                 mode=self.graphs.mode,
+                ranks=self._group,
             )
             drafter.reads_all = not self.limits.max_draft_tokens
             self.pieces.keep_aux(len(drafter.aux_layers))

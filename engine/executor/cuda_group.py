@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from engine.models.loading.slices import Group
 
 
@@ -21,6 +23,10 @@ class RankGroup(Group, Protocol):
 
     def of_first(self, value: Any) -> Any:
         """Rank 0's: something that JSON can say, lists for tuples."""
+        ...
+
+    def taken_of_first(self, x: Tensor) -> Tensor:
+        """Rank 0's x, on the device, of one shape in all: a new tensor; on the stream that is current."""
         ...
 
     def agreed(self, well: bool) -> bool:

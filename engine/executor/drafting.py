@@ -19,6 +19,7 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
+from engine.speculation import mtp
 from engine.speculation.base import Proposer
 from engine.speculation.draft import DraftModel
 from engine.speculation.eagle3 import Eagle3Head, Target, load_eagle3
@@ -197,7 +198,7 @@ def read_drafting(
     model: CausalLM,
     dtype: torch.dtype,
     *,
-    target: Target | None = None,
+    target: mtp.Target | None = None,
     device: torch.device = CPU,
 ) -> Drafting | None:
     """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
@@ -214,15 +215,13 @@ def read_drafting(
 
 
 def _read(
-    given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None, device: torch.device
+    given: Start, model: CausalLM, dtype: torch.dtype, target: mtp.Target | None, device: torch.device
 ) -> ModelDrafting | Eagle3Drafting | MtpDrafting:
     options = given.config.speculation
     if options.method == "eagle3":
         return _read_eagle3(given, options, model, dtype, target, device)
     if options.method == "mtp":
-        if target is not None:
-            raise StartupError("speculative decoding (mtp) cannot be used with --tensor-parallel-size")
-        return _read_mtp(given, options, model, dtype, device)
+        return _read_mtp(given, options, model, dtype, target, device)
     return _read_draft_model(given, options, dtype, device)
 
 
@@ -240,16 +239,22 @@ def _check_hidden(given: Start, model: CausalLM) -> Decoder:
 
 
 def _read_mtp(
-    given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype, device: torch.device
+    given: Start,
+    options: SpeculationOptions,
+    model: CausalLM,
+    dtype: torch.dtype,
+    target: mtp.Target | None,
+    device: torch.device,
 ) -> MtpDrafting:
-    target = _check_hidden(given, model)
-    layout = check_mtp(target.config, given.directory)
+    decoder = _check_hidden(given, model)
+    layout = check_mtp(given.spec, given.directory)
     directory = given.directory
     if options.model is not None:
         directory = resolve(options.model, options.revision, given.config.model.download_dir)
     if given.config.model.load_format == "dummy" and options.model is None:
         raise StartupError("speculative decoding (mtp) needs the model's checkpoint, not --load-format dummy")
-    head = load_mtp(directory, target, dtype, given.context, device)
+    # The layer is like the model's whole ones, of which a rank has a part.
+    head = load_mtp(directory, target or decoder, dtype, given.context, device, given.spec.layers)
     return MtpDrafting(directory, layout.prefix, head, given.context)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from engine.models.gguf.reader import is_gguf
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.finding import are_equal, find_model_tensors
 from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights, recorded
-from engine.models.parts.decoder import Decoder, Layer, embedding_name, layer_attention
+from engine.models.parts.decoder import Layer, embedding_name, layer_attention
 from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import PREFIX, Source
@@ -28,6 +29,7 @@ from engine.models.spec import LayerSpec, ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
 from engine.ops.linear import Linear
 from engine.ops.norm import plain
+from engine.speculation import eagle3
 
 # In ModelSpec.outside: the family keeps such a layer there.
 QWEN = "mtp.layers.0."
@@ -69,6 +71,14 @@ def mtp_layout(spec: ModelSpec) -> MtpLayout | None:
     return None
 
 
+class Target(eagle3.Target, Protocol):
+    """The model that such a layer drafts for."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See Decoder."""
+        ...
+
+
 class MtpHead:
     """A Head, see hidden.py. own: which of output layer and embedding it has of its own."""
 
@@ -80,7 +90,7 @@ class MtpHead:
         spec: ModelSpec,
         layout: MtpLayout,
         source: Source,
-        target: Decoder,
+        target: Target,
         own: Mapping[str, str],
         max_model_len: int,
     ) -> None:
@@ -127,7 +137,7 @@ class MtpHead:
         x, _ = self._norm.add(layer.mlp(x), residual)
         return plain(x)
 
-    def use(self, target: Decoder) -> None:
+    def use(self, target: Target) -> None:
         """See Head."""
         self._target = target
 
@@ -165,10 +175,16 @@ CPU = torch.device("cpu")
 
 
 def load_mtp(
-    directory: Path, target: Decoder, dtype: torch.dtype, max_model_len: int, device: torch.device = CPU
+    directory: Path,
+    target: Target,
+    dtype: torch.dtype,
+    max_model_len: int,
+    device: torch.device = CPU,
+    layers: tuple[LayerSpec, ...] | None = None,
 ) -> MtpHead:
-    """Raises StartupError: one line with the file, the tensor and what was expected."""
-    spec = target.config
+    """layers: the model's, whole, where the target has a rank's part of them. Raises StartupError: one line with the
+    file, the tensor and what was expected."""
+    spec = target.config if layers is None else dataclasses.replace(target.config, layers=layers)
     layout = check_mtp(spec, directory)
     prefix = layout.prefix
     drafting = prefix.removeprefix(PREFIX)

@@ -25,6 +25,7 @@ from engine.distributed.device_executor import FollowingExecutor, LeadingExecuto
 from engine.distributed.device_group import RankedGroup
 from engine.distributed.ring import layouts_of, open_rings
 from engine.executor.cuda_start import Ranked, build_cuda_encoder, build_cuda_executor, read_together
+from engine.executor.drafting import Drafting
 from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
@@ -177,11 +178,14 @@ class Machine:
         encoder: Limits | None = None,
         load: Callable[[RankedGroup, Path | None], CausalLM] | None = None,
         memories: list[int] | None = None,
+        drafting: Callable[[CausalLM, int], Drafting] | None = None,
         **options: Any,
     ) -> None:
         self.size, self.seed, self.cuda_graph, self.num_pages = size, seed, cuda_graph, num_pages
         self.module, self.options, self.memories = module, options, memories
         self.expert_parallel, self.encoder = expert_parallel, encoder
+        # By its model and its number, what a rank's drafts are made of.
+        self.drafting = drafting
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
         bind_operations()
@@ -231,8 +235,11 @@ class Machine:
             return executor
         given: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 24, "max_model_len": 64}
         num_pages = None if self.memories is not None else self.num_pages
+        model = load(None)
+        if self.drafting is not None:
+            given["drafting"] = self.drafting(model, rank)
         executor = build_cuda_executor(
-            load(None),
+            model,
             device,
             CacheOptions(page_size=4, num_pages=num_pages),
             cuda_graph=self.cuda_graph,

@@ -76,6 +76,17 @@ def copied(executor: LeadingExecutor, size: int) -> None:
     memory.copy_in(np.array([9, 4], np.int32), np.zeros_like(data))
 
 
+async def test_a_draft_model_of_its_own_in_every_process(tmp_path: Path) -> None:
+    """Named by where it is from here."""
+    (tmp_path / "config.json").write_text((tiny_directory() / "config.json").read_text())
+    speculation = dataclasses.replace(ALWAYS, method="draft_model", model=str(tmp_path))
+    requests = repeating(3)
+    with started(given_of(2, speculation=speculation)) as executor:
+        tokens = await serve(executor, requests, speculation=speculation)
+        assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
+        assert executor._drafter is not None and executor._drafter.graphs.num_replays
+
+
 @pytest.mark.parametrize("size", [2, 4])
 async def test_the_tokens_of_one_process(size: int, tmp_path: Path) -> None:
     """Of two also with adapters, of four with drafts."""
@@ -138,10 +149,8 @@ def test_what_the_ranks_cannot_read_is_one_line_of_the_start(tmp_path: Path) -> 
     [
         ({"size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
         ({"size": 65}, "--tensor-parallel-size 65 is more than 64"),
-        (
-            {"speculation": SpeculationOptions("draft_model")},
-            "--tensor-parallel-size 2 does not go with drafts of a model .draft_model. on GPUs",
-        ),
+        ({"speculation": SpeculationOptions("draft_model", "/no/such/model")}, "/no/such/model: no such directory"),
+        ({"speculation": SpeculationOptions("draft_model")}, "speculative method 'draft_model' needs a model"),
         ({"expert_parallel": True}, "--enable-expert-parallel: LlamaForCausalLM has no experts"),
     ],
 )

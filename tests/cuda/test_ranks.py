@@ -402,12 +402,15 @@ def test_a_step_is_the_same_in_another_rank() -> None:
     masks.release()
     pooled = [PooledRow(1, Pooling("logprobs", token_ids=(3, 4)), True)]
     step = ForwardInput(7, here, 3, 1, 20, 5000, 2, [extras], masks, pooled, num_saves=4, num_loads=2)
-    message, awaits = steps.write_step(step, steps.Told(3, 1, [(2, 5), (1, 0)], [3, 4], [1, 1, 2]))
+    reading = np.array([9, 0, 0, 0], np.int32)
+    told_of = steps.Told(3, 1, [(2, 5), (1, 0)], [3, 4], [1, 1, 2], [2], reading)
+    message, awaits = steps.write_step(step, told_of)
     assert not awaits
     told = np.concatenate(message)
     assert steps.kind_of(told) == steps.STEP and steps.side_of(told) == 3 and steps.num_ahead(told) == 1
     found, said = steps.read_step(told, there)
-    assert said == steps.Told(3, 1, [[2, 5], [1, 0]], [3, 4], [1, 1, 2])
+    assert said.reading is not None and np.array_equal(said.reading, reading)
+    assert dataclasses.replace(said, reading=None) == steps.Told(3, 1, [[2, 5], [1, 0]], [3, 4], [1, 1, 2], [2])
     for name, length in steps._lengths(step).items():
         assert np.array_equal(getattr(here, name)[:length], getattr(there, name)[:length]), name
     same = ("step", "num_rows", "num_decode_rows", "num_tokens", "num_table_diffs", "num_sampling_diffs", "num_saves")

@@ -146,19 +146,23 @@ def expected_drafts(family: str, model: Any, parts: dict[str, Tensor], tokens: l
 
 
 @pytest.mark.parametrize(
-    ("family", "copies"),
+    ("family", "copies", "ranks"),
     [
-        ("deepseek", "equal"),
-        ("glm", "own"),
-        ("mimo", ""),
-        ("qwen-next", ""),
-        ("qwen", ""),
-        ("qwen-moe", ""),
+        ("deepseek", "equal", 1),
+        ("deepseek", "equal", 2),
+        ("glm", "own", 1),
+        ("mimo", "", 1),
+        ("mimo", "", 2),
+        ("qwen-next", "", 1),
+        ("qwen", "", 1),
+        ("qwen-moe", "", 1),
+        ("qwen-moe", "", 2),
     ],
 )
 async def test_drafts_are_those_of_the_formula(
-    family: str, copies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, copies: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """ranks: that have a part of the model each, of which the first has the whole layer that drafts."""
     model, parts = write(tmp_path, family, copies=copies)
     expected = await answers(build(tmp_path))
     said: list[tuple[list[int], list[int]]] = []
@@ -171,7 +175,7 @@ async def test_drafts_are_those_of_the_formula(
         return found
 
     monkeypatch.setattr(HiddenDrafts, "propose", watched)
-    built = build(tmp_path, method="mtp", num_draft_tokens=3, adaptive=False)
+    built = build(tmp_path, ranks, method="mtp", num_draft_tokens=3, adaptive=False)
     root = "" if family.startswith("qwen") else "model."
     assert dict(built.report.rows)["draft model"].endswith(f", {root}{FAMILIES[family][3][0]}*")
     assert await answers(built) == expected

@@ -43,7 +43,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"target": target, "draft": draft, "head": head, "other": folder / "other", "bare": folder / "bare"}
 
 
-def build(target: Path, **options: Any) -> Built:
+def build(target: Path, ranks: int = 1, **options: Any) -> Built:
     return build_engine(
         EngineConfig(
             model=ModelOptions(path=str(target), dtype="float32", max_model_len=128),
@@ -52,6 +52,7 @@ def build(target: Path, **options: Any) -> Built:
             stream=StreamOptions(flush_interval_ms=0.0),
             device="cpu",
             num_threads=1,
+            tensor_parallel_size=ranks,
             speculation=SpeculationOptions(**options) if options else SpeculationOptions(),
         )
     )
