@@ -31,6 +31,7 @@ from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec
 from engine.process import imported
 from engine.report import StartupReport
+from engine.speculation.registry import PROPOSERS
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
@@ -294,7 +295,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
     length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
     model = config.model
     seed = model.seed if model.load_format == "dummy" else None
-    options = (spec, model.quantization, model.load_format, seed, length)
+    options = (spec, model.quantization, model.load_format, seed, length, *_drafting(config))
 
     def weights(other: Path | None) -> str:
         return fingerprint(other or directory, *options)
@@ -319,6 +320,18 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
         if (disk := worker.disk) is not None:
             most = f"{disk.bytes / 1e9:.2f} of at most {disk.max_bytes / 1e9:g} GB"
             report.row("disk", f"{disk.directory}: {len(disk)} files, {most}")
+
+
+def _drafting(config: EngineConfig) -> tuple[str, ...]:
+    """What has keys and values of its own beside the model's, those of its drafts; () for nothing."""
+    options = config.speculation
+    if options.method is None or options.method in PROPOSERS:
+        return ()
+    if options.model is None:
+        return (options.method,)
+    # Others' would cost drafts that are right, and no word.
+    found = resolve(options.model, options.revision, config.model.download_dir)
+    return (options.method, fingerprint(found, whole=False))
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:

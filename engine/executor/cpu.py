@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
-from engine.executor.host_pages import HostPages
+from engine.executor.host_pages import HostPages, Rows
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
@@ -310,23 +310,29 @@ class CPUExecutor:
 
     def page_memory(self) -> HostPages:
         """See Executor."""
+        return HostPages(*self._own_pages())
+
+    def _own_pages(self) -> tuple[list[Rows], str]:
         pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
-        if self._late is not None:
-            raise StartupError("drafts are made from keys and values of their own, which no other server has")
         if not pools:
             raise StartupError("this model keeps no keys and values, or sleeps")
         dtype, size = str(pools[0].dtype).removeprefix("torch."), self.limits.page_size
-        parts = [pool.view(torch.uint8).flatten(1).numpy() for pool in pools]
-        layout = f"cpu {LAYOUT_VERSION} {self._dtype} in {dtype} page {size}{name_of(self.limits.groups)}"
-        return HostPages(parts, layout)
+        # What drafts has keys and values of its own of the same tokens in the same pages.
+        drafts = [] if self._late is None else self._late.pools
+        parts = [pool.view(torch.uint8).flatten(1).numpy() for pool in (*pools, *drafts)]
+        return parts, f"cpu {LAYOUT_VERSION} {self._dtype} in {dtype} page {size}{name_of(self.limits.groups)}"
 
     def state_memory(self) -> HostPages | None:
         """See Executor."""
+        own = self._own_states()
+        return None if own is None else HostPages(*own)
+
+    def _own_states(self) -> tuple[list[Rows], str] | None:
         if self._states is None:
             return None
         if not self.limits.num_snapshots:
             raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
-        return HostPages([self._states.snapshots.numpy()], f"state {LAYOUT_VERSION} {self._dtype}")
+        return [self._states.snapshots.numpy()], f"state {LAYOUT_VERSION} {self._dtype}"
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

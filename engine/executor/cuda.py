@@ -283,9 +283,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         return self._own_states()
 
     def _own_pages(self) -> DevicePages:
-        if self._drafter is not None:
-            raise StartupError("drafts are made from keys and values of their own, which no other server has")
-        buffers = [buffer.view(torch.uint8).flatten(1) for buffer in self.attention.buffers if buffer.shape[-1]]
+        own = self.attention.buffers
+        # What drafts has keys and values of its own of the same tokens in the same pages.
+        drafts = [] if self._drafter is None or not own else self._drafter.pools
+        buffers = [buffer.view(torch.uint8).flatten(1) for buffer in (*own, *drafts) if buffer.shape[-1]]
         if not buffers:
             raise StartupError("this model keeps no keys and values, or sleeps")
         dtype, kv_dtype = (str(one).removeprefix("torch.") for one in (self.attention.dtype, self.attention.kv_dtype))

@@ -194,6 +194,11 @@ class DeviceDrafter:
         """See LateProposer."""
         self.net.use(target)
 
+    @property
+    def pools(self) -> list[Tensor]:
+        """See LateProposer."""
+        return list(self.attention.buffers)
+
     def release(self) -> None:
         """See LateProposer."""
         self.attention.release()

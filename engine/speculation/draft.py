@@ -84,6 +84,11 @@ class DraftModel:
     def use(self, target: Any) -> None:
         """See LateProposer."""
 
+    @property
+    def pools(self) -> list[Tensor]:
+        """See LateProposer."""
+        return self._cache.pools
+
     def release(self) -> None:
         """See LateProposer."""
         self._cache.attention.release()

@@ -103,6 +103,11 @@ class HiddenDrafts:
         """See LateProposer."""
         self._head.use(target)
 
+    @property
+    def pools(self) -> list[Tensor]:
+        """See LateProposer."""
+        return self._cache.pools
+
     def release(self) -> None:
         """See LateProposer."""
         self._cache.attention.release()

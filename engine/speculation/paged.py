@@ -50,6 +50,11 @@ class LateProposer(Proposer, Protocol):
         """The target has other weights: this model."""
         ...
 
+    @property
+    def pools(self) -> list[Tensor]:
+        """The cache's memory, [pages, ...] each."""
+        ...
+
     def release(self) -> None:
         """Give the cache's memory back."""
         ...
@@ -85,6 +90,12 @@ class PagedCache:
         self._staging = Staging(limits)
         self._metadata = PagedMetadata(limits)
         self._tables: SlotTables | None = None
+
+    @property
+    def pools(self) -> list[Tensor]:
+        """See LateProposer."""
+        attention: Any = self.attention
+        return [*attention.k_pools, *attention.v_pools]
 
     def bind(self, tables: SlotTables) -> None:
         """See LateProposer."""

@@ -18,17 +18,19 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from engine.config import EngineConfig, StartupError, TierOptions
+from engine.config import EngineConfig, SpeculationOptions, StartupError, TierOptions
 from engine.engine import Engine
 from engine.executor.base import DeviceMemory
 from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_drafter import DeviceDrafter
 from engine.executor.cuda_pages import DevicePages
 from engine.groups import plan_groups
 from engine.request import Request, SamplingParams
 from engine.tiers.worker import Job, Worker
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
-from tests.cuda.support import GROUPED, HYBRID, SMALL, expected_tokens, make_executor, tiny_model
+from tests.cuda.support import GROUPED, HYBRID, NO_DRAFTS, SMALL, expected_tokens, make_executor, tiny_model
+from tests.cuda.test_draft_models import MODEL, itself, make, with_net
 from tests.tiers.test_events import subscribe
 
 # Of pages, in host memory.
@@ -50,14 +52,20 @@ def ask(number: int, prompt: list[int], max_tokens: int = 5) -> Request:
 
 @asynccontextmanager
 async def running(
-    executor: CUDAExecutor, *, room: int = ROOM, directory: Path | None = None, check_invariants: bool = True
+    executor: CUDAExecutor,
+    *,
+    room: int = ROOM,
+    directory: Path | None = None,
+    check_invariants: bool = True,
+    speculation: SpeculationOptions = NO_DRAFTS,
 ) -> AsyncIterator[Engine]:
     memory, states = executor.page_memory(), executor.state_memory()
     size = memory.page_bytes
     if states is not None:
         size += states.page_bytes * (executor.limits.num_snapshots or 0) // executor.limits.num_pages + 1
     tiers = TierOptions(directory, 10**8, 60.0, room * size)
-    engine = Engine(EngineConfig(tiers=tiers, check_invariants=check_invariants), executor, None)
+    config = EngineConfig(tiers=tiers, check_invariants=check_invariants, speculation=speculation)
+    engine = Engine(config, executor, None)
     engine.enable_tier(lambda other: "weights")._least_tokens = 4
     task = asyncio.create_task(engine.run())
     try:
@@ -124,6 +132,24 @@ async def test_what_left_the_device_comes_back(kind: str, seed: int, eagerness: 
         assert f"oneloop_kv_host_loaded_bytes_total {float(tier.worker.num_bytes_in)}" in text
         assert tier.worker.host is not None and tier.worker.host.num_rows
         assert f"oneloop_kv_host_pages {tier.worker.host.num_rows}.0" in text
+
+
+@pytest.mark.parametrize(("attention", "kept"), [("torch", True), ("xqa", True), ("torch", False)])
+async def test_what_drafts_goes_on_from_its_own_pages(
+    attention: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model drafts for itself: it is always right where its keys and values came back, and only there."""
+    if not kept:
+        monkeypatch.setattr(DeviceDrafter, "pools", [])
+    limits = dataclasses.replace(LIMITS, max_draft_tokens=4)
+    executor = make(with_net(itself, attention), limits, device=FakeDevice(4, 0.3), attention=attention)
+    requests = [ask(number, prompt, 9) for number, prompt in enumerate(prompts(4, 9))]
+    async with running(executor, speculation=MODEL) as engine:
+        given = await answers(engine, requests, 1)
+        assert given == [expected_tokens(executor.model, one) for one in requests]
+        assert engine.tier is not None and engine.tier.tally.hit_tokens > 60
+        counts = executor.counts
+        assert counts["drafted"] > 20 and (counts["accepted"] == counts["drafted"]) == kept
 
 
 async def test_what_left_host_memory_comes_from_the_disk(tmp_path: Path) -> None:

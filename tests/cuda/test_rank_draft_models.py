@@ -29,6 +29,7 @@ from engine.ops.device_parallel import DeviceGroup
 from engine.request import Request
 from engine.speculation.eagle3 import load_eagle3
 from engine.speculation.mtp import load_mtp
+from tests.cuda import test_host_tier
 from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.cuda.ranked import Machine, load_part, machine
 from tests.cuda.support import (
@@ -47,6 +48,7 @@ from tests.cuda.test_adapters import asked as with_adapters
 from tests.cuda.test_draft_heads import CONFIG, WITHOUT, apart, aux_of, of_two_tokens, read_target, target, write_coin
 from tests.cuda.test_draft_models import MODEL, OTHER, longer
 from tests.cuda.test_failures import asked
+from tests.cuda.test_host_tier import ask, prompts
 from tests.cuda.test_ranks import Weights, answers, engine_config, poisoned
 from tests.sim.workload import Runs
 from tests.speculation import test_eagle3 as eagle3
@@ -326,6 +328,20 @@ async def test_what_is_no_number_is_in_no_ranks_pages() -> None:
 
 
 # ---- memory, failures, messages
+
+
+async def test_pages_of_drafts_leave_the_devices_and_come_back() -> None:
+    """The model drafts for itself: it is always right where all that it has read is there again."""
+    requests = [ask(number, prompt, 9) for number, prompt in enumerate(prompts(4, 7))]
+    with machine(2, speculation=MODEL, seed=9, num_pages=28, drafting=a_model(TINY)) as made:
+        seen = Seen(made)
+        async with test_host_tier.running(made.leader, speculation=MODEL) as engine:
+            assert await test_host_tier.answers(engine, requests, 1) == [
+                expected_tokens(tiny_model(), one) for one in requests
+            ]
+            assert engine.tier is not None and engine.tier.tally.hit_tokens > 40
+        assert seen.counts["accepted"] == seen.counts["drafted"] > 20
+        seen.check()
 
 
 async def test_sleep_and_other_weights() -> None:

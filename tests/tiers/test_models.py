@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from engine.config import (
     LoraOptions,
     ModelOptions,
     SchedulerOptions,
+    SpeculationOptions,
     TierOptions,
 )
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
+from engine.speculation.draft import DraftModel
 from tests.lora.handmade import factors, write
 from tests.models.support import load, make_checkpoint
 from tests.test_states import FAMILIES
@@ -48,9 +51,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def config_of(checkpoint: Path, disk: Path | None, **options: Any) -> EngineConfig:
+def config_of(checkpoint: Path, disk: Path | None, seed: int | None = None, **options: Any) -> EngineConfig:
     return EngineConfig(
-        model=ModelOptions(path=str(checkpoint), load_format="dummy", dtype="float32"),
+        model=ModelOptions(path=str(checkpoint), load_format="dummy", seed=seed, dtype="float32"),
         cache=CacheOptions(num_pages=600, page_size=PAGE),
         scheduler=SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=BUDGET),
         tiers=TierOptions(disk, 10**8, 20.0),
@@ -156,6 +159,35 @@ async def test_a_state_without_its_file_is_computed(checkpoints: dict[str, Path]
     async with running(checkpoints["state"], tmp_path) as engine:
         found = await ask(engine, prompt)
         assert found.same_bits(cold) and found.num_cached == 2 * BUDGET
+
+
+@pytest.mark.parametrize("kept", [True, False])
+async def test_what_drafts_goes_on_from_its_own_pages(
+    kept: bool, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model drafts for itself: it is always right where its keys and values came along, and only there. They are
+    found by nobody whose drafts are made otherwise."""
+    if not kept:
+        monkeypatch.setattr(DraftModel, "pools", [])
+    drafts = SpeculationOptions("draft_model", str(checkpoints["full"]), num_draft_tokens=3, adaptive=False)
+    options: dict[str, Any] = {"seed": 1, "speculation": drafts}
+    prompt = prompt_of(230)
+    async with running(checkpoints["full"], None, seed=1) as engine:
+        cold = await ask(engine, prompt)
+    for num_cached in (0, 228):
+        async with running(checkpoints["full"], tmp_path, **options) as engine:
+            found = await ask(engine, prompt)
+            assert found.same_bits(cold) and found.num_cached == num_cached
+            counts = engine.scheduler.speculation
+            assert counts is not None and counts.num_draft_tokens > 4
+            right = counts.num_accepted_tokens == counts.num_draft_tokens
+            assert right == (kept or not num_cached)
+    async with running(checkpoints["full"], tmp_path, seed=1) as engine:
+        assert (await ask(engine, prompt)).num_cached == 0
+    options["speculation"] = dataclasses.replace(drafts, model=str(checkpoints["one window"]))
+    async with running(checkpoints["full"], tmp_path, **options) as engine:
+        found = await ask(engine, prompt)
+        assert found.same_bits(cold) and found.num_cached == 0
 
 
 async def test_adapters(checkpoints: dict[str, Path], tmp_path: Path) -> None:

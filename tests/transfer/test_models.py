@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from engine.build import build_engine
-from engine.config import LoraOptions, TransferOptions
+from engine.config import LoraOptions, SpeculationOptions, TransferOptions
 from engine.engine import Engine
 from engine.request import RemotePages, Request, SamplingParams, Transfer
 from engine.transfer.exchange import PageExchange
@@ -110,6 +110,18 @@ async def test_what_was_read_is_what_would_have_been_computed(name: str, checkpo
         assert 128 <= cached <= 148, "the last one had a beginning"
         await settled(prefill)
         assert exchange_of(prefill).tally.let_go == {"read": 3}
+
+
+async def test_pages_of_what_drafts_go_along(checkpoints: dict[str, Path]) -> None:
+    """The model drafts for itself: it is always right where it has all of the prompt's keys and values."""
+    drafts = SpeculationOptions("draft_model", str(checkpoints["full"]), num_draft_tokens=3, adaptive=False)
+    prompt, options = prompt_of(230), {"seed": 1, "speculation": drafts}
+    async with running(checkpoints["full"], **options) as prefill, running(checkpoints["full"], **options) as decode:
+        cold = await ask(prefill, prompt)
+        found = await ask(decode, prompt, source=await prefilled(prefill, prompt))
+        assert found.same_bits(cold) and found.num_cached == 228 and counts(decode) == (228, 0, {})
+        speculation = decode.scheduler.speculation
+        assert speculation is not None and speculation.num_accepted_tokens == speculation.num_draft_tokens > 4
 
 
 async def test_of_windows_only_what_is_seen_is_carried(checkpoints: dict[str, Path]) -> None:
