@@ -22,8 +22,10 @@ from engine.distributed import messages
 from engine.distributed.adapters import LeadingAdapters
 from engine.distributed.members import Members
 from engine.distributed.ring import Ring, adapters_layout
+from engine.distributed.shared import make_file, seen
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
+from engine.executor.host_pages import Rows as PageRows
 from engine.executor.reading import Adapter
 from engine.executor.tables import PagedMetadata
 from engine.forward import PARTS, BoolArray, DeviceLostError, ForwardInput, ForwardOutput, Int32Array, Limits
@@ -45,10 +47,10 @@ Read = Callable[[Path | None, ParallelGroup], CausalLM]
 class Leader:
     """The group, seen from its rank 0. job: what every rank is told at its start, but for its number and its memory.
 
-    read: this rank's part of a model.
+    read: this rank's part of a model. shares_pages: this rank is to see the pages and states of all.
     """
 
-    def __init__(self, layout: Layout, job: dict[str, Any], read: Read) -> None:
+    def __init__(self, layout: Layout, job: dict[str, Any], read: Read, *, shares_pages: bool = False) -> None:
         self._read = read
         self._expert_parallel: bool = job["expert_parallel"]
         self._on_lost: Callable[[], None] | None = None
@@ -57,13 +59,15 @@ class Leader:
         self._whose: Rows | None = None
         beside = adapters_layout(layout.size)
         file, other = Ranks.make_file(layout), Ranks.make_file(beside)
+        self._pages = make_file(layout.size) if shares_pages else None
         try:
             self.ranks = Ranks(file, layout, 0)
             self.beside = Ring(Ranks(other, beside, 0))
             sizes = {"size": layout.size, "message": layout.message, "logits": layout.logits, "slot": layout.slot}
-            job = {**job, "file": file, "layout": sizes, "beside": other}
+            job = {**job, "file": file, "layout": sizes, "beside": other, "pages": self._pages}
             jobs = [{**job, "rank": rank} for rank in range(1, layout.size)]
-            self.members = Members(jobs, (file, other), self._gone)
+            files = (file, other) if self._pages is None else (file, other, self._pages)
+            self.members = Members(jobs, files, self._gone)
         finally:
             for each in (file, other):
                 os.close(each)  # mapped by now, and inherited
@@ -98,26 +102,39 @@ class Leader:
     def _group(self) -> ParallelGroup:
         return ParallelGroup(self.ranks, self.ask, expert_parallel=self._expert_parallel)
 
-    def command(self, **given: Any) -> None:
-        """Have the other ranks do something, and wait until it is done. Raises StartupError where one cannot."""
+    def begin(self, **given: Any) -> dict[str, list[PageRows]] | None:
+        """Have the other ranks take memory for pages and states; what of both this one sees, of all of them in their
+        order. Raises StartupError."""
+        found = self.command(do="begin", **given)
+        if self._pages is None:
+            return None
+        return {
+            kind: [seen(self._pages, place) for of_rank in found for place in of_rank[kind]]
+            for kind in ("pages", "states")
+        }
+
+    def command(self, **given: Any) -> list[Any]:
+        """Have the other ranks do something, and wait until it is done: what each has found. Raises StartupError where
+        one cannot."""
         self._post(**given)
-        self._gather()
+        return self._gather()
 
     def _post(self, **given: Any) -> None:
         messages.write_text(self.ranks.next_message(), messages.COMMAND, given)
         self.ranks.post()
 
-    def _gather(self) -> None:
+    def _gather(self) -> list[Any]:
         """The others' answers to what was asked last."""
         self.ranks.arrive()
         try:
             self.ranks.meet()
         except RanksEndedError:
             raise StartupError(self.why()) from None
-        answers = [messages.read_text(self.ranks.section(rank))["error"] for rank in range(1, self.ranks.size)]
-        failure = next((answer for answer in answers if answer is not None), None)
+        answers = [messages.read_text(self.ranks.section(rank)) for rank in range(1, self.ranks.size)]
+        failure = next((answer["error"] for answer in answers if answer["error"] is not None), None)
         if failure is not None:
             raise StartupError(failure)
+        return [answer["found"] for answer in answers]
 
     def use(self, model: RankedModel) -> None:
         """The model that computes from now on."""
@@ -221,6 +238,8 @@ class Leader:
             self._closed = True
             self._end()
             self.members.close()
+            if self._pages is not None:
+                os.close(self._pages)
 
 
 class RankedModel:
@@ -332,7 +351,8 @@ class RankedAttention:
 
 
 class RankedExecutor(CPUExecutor):
-    """A CPUExecutor whose steps run in all ranks."""
+    """A CPUExecutor whose steps run in all ranks. others: of pages and states what the other ranks have, where somebody
+    is to carry them elsewhere."""
 
     def __init__(
         self,
@@ -345,6 +365,7 @@ class RankedExecutor(CPUExecutor):
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
         max_lora_rank: int = 64,
+        others: dict[str, list[PageRows]] | None = None,
     ) -> None:
         # What drafts does so in this rank: the others see rows of several tokens.
         ranked = RankedAttention(attention)
@@ -352,6 +373,7 @@ class RankedExecutor(CPUExecutor):
         options: dict[str, Any] = {"load": load, "proposer": proposer, "late": late, "max_lora_rank": max_lora_rank}
         super().__init__(model, limits, attention=ranked, dtype=dtype, **options)
         self._leader = leader
+        self._others = others
         leader.use(model)
         self._shared = LeadingAdapters(leader.beside, leader.say_beside)
 
@@ -422,7 +444,16 @@ class RankedExecutor(CPUExecutor):
 
     def page_memory(self) -> HostPages:
         """See Executor."""
-        raise StartupError("the KV cache is divided over ranks (--tensor-parallel-size), each with its own heads")
+        return self._whole("pages", *self._own_pages())
+
+    def state_memory(self) -> HostPages | None:
+        """See Executor."""
+        own = self._own_states()
+        return None if own is None else self._whole("states", *own)
+
+    def _whole(self, kind: str, parts: list[PageRows], layout: str) -> HostPages:
+        assert self._others is not None, "the ranks' memory is their own"
+        return HostPages([*parts, *self._others[kind]], f"{self._leader.ranks.size} ranks {layout}")
 
     def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,9 @@ import orjson
 from engine.config import StartupError
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from engine.executor.reading import Reading
     from engine.models.parts.decoder import CausalLM
     from engine.ops.attention.base import AttentionBackend
@@ -78,6 +82,7 @@ class Rank:
 
         from engine.distributed.adapters import FollowedAdapters
         from engine.distributed.ring import Ring, adapters_layout
+        from engine.distributed.shared import SharedMemory
         from engine.ops.parallel import ParallelGroup
         from engine.ops.ranks import Layout, Ranks
 
@@ -89,6 +94,7 @@ class Rank:
         self._model: CausalLM | None = None
         self._pending: CausalLM | None = None
         self._backend: AttentionBackend | None = None
+        self._memory = None if job["pages"] is None else SharedMemory(job["pages"], job["rank"])
         layout = adapters_layout(self._ranks.size)
         self._beside = Ring(Ranks(job["beside"], layout, job["rank"]))
         self._shared = FollowedAdapters(self._beside, self._beside.exchange, self._read_part)
@@ -99,7 +105,7 @@ class Rank:
 
         from engine.distributed import messages
 
-        failure = self._attempt(lambda: self._read(None))
+        failure, _ = self._attempt(lambda: self._read(None))
         self._model, self._pending = self._pending, None
         self._answer(failure)
         if failure is not None:
@@ -121,7 +127,7 @@ class Rank:
                     self._embedded(message)
                 else:
                     command = messages.read_text(message)
-                    self._answer(self._attempt(lambda command=command: self._obey(**command)))
+                    self._answer(*self._attempt(lambda command=command: self._obey(**command)))
 
     def _forward(self, message: Any) -> None:
         import torch
@@ -214,10 +220,11 @@ class Rank:
             self._model.adapted.put(index, {} if weights is None else weights.branches)
         self._shared.forget(gone)
 
-    def _obey(self, do: str, **given: Any) -> None:
-        """A command of leader.py. Raises StartupError."""
+    def _obey(self, do: str, **given: Any) -> Any:
+        """A command of leader.py, and what it is to know of it. Raises StartupError."""
         if do == "begin":
             self._make_backend(**given)
+            return self._places()
         elif do == "adapters":
             self._put_adapters(**given)
         elif do == "sleep":
@@ -226,6 +233,8 @@ class Rank:
                 self._backend.release()
                 if self._backend.states is not None:
                     self._backend.states.release()
+                if self._memory is not None:
+                    self._memory.release()
             if given["level"] == 2 and "weights" in given["parts"]:
                 self._model = None
         elif do == "wake":
@@ -245,6 +254,35 @@ class Rank:
                 self._model = self._pending
                 self._groups.reverse()
             self._pending = None
+        return None
+
+    def _places(self) -> dict[str, list[list[int]]] | None:
+        """Of the memory that rank 0 is to see, if it is."""
+        if (memory := self._memory) is None:
+            return None
+        import torch
+
+        backend: Any = self._backend
+        kinds = {
+            "pages": [pool for pool in (*backend.k_pools, *backend.v_pools) if pool.nbytes],
+            "states": [] if backend.states is None else [backend.states.snapshots],
+        }
+        return {
+            kind: [memory.place_of(part.view(torch.uint8).flatten(1).numpy()) for part in parts]
+            for kind, parts in kinds.items()
+        }
+
+    def _zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """See Zeros."""
+        import torch
+
+        from engine.ops.attention.torch_paged import OVER_BYTES
+
+        assert self._memory is not None
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype)
+        size = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(self._memory.take(size + OVER_BYTES))[:size].view(dtype).view(shape)
 
     def _make_backend(self, kv_dtype: str, **sizes: Any) -> None:
         """sizes: of Limits, but for the groups."""
@@ -259,6 +297,7 @@ class Rank:
         assert model is not None
         spec = model.attention_spec
         limits = Limits(**sizes, groups=plan_groups(model.config.windows, self._job["context"]))
+        zeros = {} if self._memory is None else {"zeros": self._zeros}
         self._backend = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             spec,
@@ -267,9 +306,10 @@ class Rank:
             dtype=self._dtype,
             kv_dtype=getattr(torch, kv_dtype),
             groups=limits.groups,
+            **zeros,
         )
         if limits.num_snapshots is not None:
-            self._backend.states = States(model.config.states, limits, self._dtype, torch.device("cpu"))
+            self._backend.states = States(model.config.states, limits, self._dtype, torch.device("cpu"), **zeros)
 
     def _read(self, other: Path | None) -> None:
         """The model, as `_pending`: from where the job says, or another directory with the same one."""
@@ -298,20 +338,20 @@ class Rank:
             group=group,
         )
 
-    def _attempt(self, act: Any) -> str | None:
-        """What went wrong, as a line."""
+    def _attempt(self, act: Any) -> tuple[str | None, Any]:
+        """What went wrong, as a line; and what was found."""
         try:
-            act()
+            return None, act()
         except StartupError as error:
-            return str(error)
+            return str(error), None
         except MemoryError as error:
-            return f"no memory: {' '.join(str(error).split())[:200]}"
-        return None
+            return f"no memory: {' '.join(str(error).split())[:200]}", None
 
-    def _answer(self, failure: str | None) -> None:
+    def _answer(self, failure: str | None, found: Any = None) -> None:
         from engine.distributed import messages
 
-        messages.write_text(self._ranks.section(self._ranks.rank), messages.COMMAND, {"error": failure})
+        said = {"error": failure, "found": found}
+        messages.write_text(self._ranks.section(self._ranks.rank), messages.COMMAND, said)
         self._ranks.arrive()
 
 

@@ -103,7 +103,8 @@ def start(given: Start) -> RankedExecutor:
         load = given.loader(**options, deterministic=bool(config.deterministic), group=group)
         return load(other)
 
-    leader = Leader(layout, job, read)
+    carried = config.tiers.is_given or config.transfer.connector is not None
+    leader = Leader(layout, job, read, shares_pages=carried and keeps)
     try:
         with report.phase("weights"):
             model = leader.first()
@@ -126,9 +127,10 @@ def start(given: Start) -> RankedExecutor:
             groups=limits.groups,
         )
         sizes = {field: getattr(limits, field) for field in SIZES}
-        leader.command(do="begin", kv_dtype=str(kv_dtype).removeprefix("torch."), **sizes)
+        others = leader.begin(kv_dtype=str(kv_dtype).removeprefix("torch."), **sizes)
         proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
         options: dict[str, Any] = {"proposer": proposer, "late": late, "max_lora_rank": config.lora.max_lora_rank}
+        options["others"] = others
         return RankedExecutor(model, limits, attention=own, dtype=dtype, leader=leader, **options)
     except BaseException:
         leader.close()

@@ -155,10 +155,17 @@ def plan_of(step: ForwardInput) -> StatePlan:
 class States:
     """State memory: one buffer [slots and snapshots, bytes], so that a state is copied in one piece; layers see views.
 
-    spec: of the model. `plan` is that of the step at hand.
+    spec: of the model. `plan` is that of the step at hand. zeros: makes the buffer in host memory.
     """
 
-    def __init__(self, spec: StateSpec, limits: Limits, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: StateSpec,
+        limits: Limits,
+        dtype: torch.dtype,
+        device: torch.device,
+        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
+    ) -> None:
         assert limits.num_snapshots is not None, "the limits are of a model without states"
         self._spec = spec
         self._first_snapshot = limits.num_slots
@@ -166,6 +173,7 @@ class States:
         self._count = limits.num_slots + limits.num_snapshots
         self._dtype = dtype
         self._device = device
+        self._zeros = zeros
         self._layers: list[tuple[Tensor, ...]] = []
         # Of the step at hand, by layer: what its held rows' tokens go through, and with what.
         self._kept: list[tuple[Advance, tuple[Tensor, ...]]] = []
@@ -181,7 +189,9 @@ class States:
     def allocate(self) -> None:
         """Have the memory again after `release`. On the CPU the system hands it out at first touch."""
         size = self._count * state_bytes(self._spec, self._dtype)
-        if self._device.type == "cpu":
+        if self._zeros is not None:
+            memory = self._zeros((size,), torch.uint8)
+        elif self._device.type == "cpu":
             memory = torch.from_numpy(np.zeros(size, np.uint8))
         else:
             memory = torch.zeros(size, dtype=torch.uint8, device=self._device)

@@ -6,6 +6,7 @@ Owns the KV memory. Used by the executor's thread alone.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,10 @@ class _Step(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
+
+
+# Zeroed memory of a shape, and of OVER_BYTES more.
+Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -109,7 +114,7 @@ class Backend:
     that has its place there; others use the front of a token's part.
 
     dtype: of the model. kv_dtype: of the pools, that one, bfloat16 or float16, or int8 (see ops/attention/coded.py);
-    arithmetic is as it is without."""
+    arithmetic is as it is without. zeros: makes the pools, K's and then V's."""
 
     def __init__(
         self,
@@ -120,6 +125,7 @@ class Backend:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
+        zeros: Zeros = lazy_zeros,
     ) -> None:
         assert kv_dtype in (None, dtype, *_POOLS)
         self.spec = spec
@@ -127,6 +133,7 @@ class Backend:
         self.recordings: Recordings | None = Recordings()
         self.page_size = page_size
         self._kv_dtype = kv_dtype or dtype
+        self._zeros = zeros
         self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
         self._dtype = dtype
@@ -156,8 +163,8 @@ class Backend:
         if self.recordings is not None:
             self.recordings.clear()
         cells = self._num_pages + 1, self.page_size
-        self.k_pools = [lazy_zeros((*cells, keys), self._kv_dtype) for keys, _ in self._widths]
-        self.v_pools = [lazy_zeros((*cells, values), self._kv_dtype) for _, values in self._widths]
+        self.k_pools = [self._zeros((*cells, keys), self._kv_dtype) for keys, _ in self._widths]
+        self.v_pools = [self._zeros((*cells, values), self._kv_dtype) for _, values in self._widths]
         self._places = [self._place(number) for number in range(len(self.spec.layers))]
 
     def release(self) -> None:
