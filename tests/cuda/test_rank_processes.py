@@ -34,10 +34,22 @@ from engine.models.registry import read_spec
 from engine.ops import native
 from engine.report import StartupReport
 from engine.request import FinishReason, Request, SamplingParams
-from tests.cuda.support import ALWAYS, NO_DRAFTS, expected_tokens, requests_of, serve, tiny_directory, tiny_model
+from tests.cuda.support import (
+    ALWAYS,
+    NO_DRAFTS,
+    expected_tokens,
+    make_executor,
+    requests_of,
+    serve,
+    tiny_directory,
+    tiny_model,
+)
 from tests.cuda.test_adapters import adapters_of, merged
+from tests.cuda.test_draft_heads import WITHOUT, apart, read_target
+from tests.cuda.test_draft_models import longer
 from tests.cuda.test_drafts import repeating
 from tests.distributed.test_processes import wait_until_gone
+from tests.speculation import test_mtp as mtp
 
 STAND_IN = "tests.cuda.rank_process:stand_in"
 
@@ -85,6 +97,20 @@ async def test_a_draft_model_of_its_own_in_every_process(tmp_path: Path) -> None
         tokens = await serve(executor, requests, speculation=speculation)
         assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
         assert executor._drafter is not None and executor._drafter.graphs.num_replays
+
+
+async def test_the_layer_of_a_checkpoint_drafts_in_every_process(tmp_path: Path) -> None:
+    """Whole, beside a part of the model whose embedding and output layer it reads."""
+    mtp.write(tmp_path, "mimo")
+    requests = apart(longer(requests_of(1)))
+    alone = await serve(make_executor(WITHOUT, model=read_target(tmp_path)), requests)
+    speculation = dataclasses.replace(ALWAYS, method="mtp")
+    given = given_of(2, speculation=speculation, model=ModelOptions(dtype="float32", load_format="auto"))
+    given = dataclasses.replace(given, directory=tmp_path, spec=read_spec(tmp_path))
+    with started(given) as executor:
+        assert await serve(executor, requests, speculation=speculation) == alone
+        assert executor._drafter is not None and executor._drafter.graphs.num_replays
+    assert dict(given.report.rows)["draft model"].startswith("mtp, ")
 
 
 @pytest.mark.parametrize("size", [2, 4])
