@@ -95,11 +95,17 @@ class Server:
                 raise
 
 
-# Over TCP alone, and by whatever there is between two processes of a machine.
-@pytest.fixture(scope="module", params=["tcp,self", None], ids=["tcp", "any"])
+RANKED = "tcp of ranks", "any of ranks"
+RANKS = "--tensor-parallel-size=2"
+
+
+# Over TCP alone, and by whatever there is between two processes of a machine; each of two ranks, whose pages it reads.
+@pytest.fixture(
+    scope="module", params=[("tcp,self",), (None,), ("tcp,self", RANKS), (None, RANKS)], ids=["tcp", "any", *RANKED]
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
     where = tmp_path_factory.mktemp("servers")
-    servers = [Server(where / name, request.param, receive) for name, receive in (("p", "--no-web"), ("d", "--no-web"))]
+    servers = [Server(where / name, *request.param, "--no-web") for name in "pd"]
     try:
         for server in servers:
             server.wait()
