@@ -75,11 +75,11 @@ class Work:
 
 
 class FakeStream:
-    """Work in order. thread: who issues it, the first who did."""
+    """Work in order. thread: who issues it: the first who did, while that one lives."""
 
     def __init__(self) -> None:
         self.queue: deque[Work] = deque()
-        self.thread: int | None = None
+        self.thread: threading.Thread | None = None
 
 
 class FakeGraph:
@@ -280,9 +280,10 @@ class FakeDevice:
 
     @contextlib.contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
-        if stream.thread is None:
-            stream.thread = threading.get_ident()
-        assert stream.thread == threading.get_ident(), "two threads issue work on one stream"
+        thread = threading.current_thread()
+        if stream.thread is None or not stream.thread.is_alive():
+            stream.thread = thread
+        assert stream.thread is thread, "two threads issue work on one stream"
         before, self.current = self.current, stream
         try:
             yield
