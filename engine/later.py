@@ -2,7 +2,8 @@
 
 A stand-in takes a module's place in sys.modules: the first attribute that it lacks imports the module in earnest,
 behind which it hands on what it is asked. Without `begin` torch is as it always is, so in processes of others. Only for
-modules without parts of their own, which may come before them, and whose place in the order of imports does not matter.
+modules without parts of their own, which may come before them. Of what they import in turn nobody else may need what it
+does: here it is the class of torch.Generator, which cannot be called (ops/invariance.seeded can).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def begin(names: Sequence[str] = NAMES) -> None:
 
 def everything() -> bool:
     """Import what nobody has asked for yet. Returns whether there was any."""
-    names = [name for finder in sys.meta_path if isinstance(finder, _Finder) for name in finder.names]
+    names = [name for finder in sys.meta_path if isinstance(finder, _Finder) for name in tuple(finder.names)]
     for name in names:
         hasattr(importlib.import_module(name), "asked for")
     return bool(names)

@@ -70,7 +70,7 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
     speculation = config.speculation
     if speculation.model is not None and speculation.method not in PROPOSERS:
         found = resolve(speculation.model, speculation.revision, config.model.download_dir)
-        speculation = dataclasses.replace(speculation, model=str(found.resolve()), revision=None)
+        speculation = dataclasses.replace(speculation, model=str(found.absolute()), revision=None)
     options["speculation"] = speculation
     options["lora"] = dataclasses.replace(config.lora, modules=())
     model = dataclasses.replace(config.model, seed=config.model.seed or 0)
@@ -78,7 +78,7 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
         **{name: dataclasses.asdict(each) for name, each in options.items()},
         "model": dataclasses.asdict(model),
         "device": "cuda",
-        "directory": str(Path(given.directory).resolve()),
+        "directory": str(Path(given.directory).absolute()),
         "context": given.context,
         "headless": given.spec.headless,
         "expert_parallel": config.expert_parallel,

@@ -68,6 +68,10 @@ class Leader:
             jobs = [{**job, "rank": rank} for rank in range(1, layout.size)]
             files = (file, other) if self._pages is None else (file, other, self._pages)
             self.members = Members(jobs, files, self._gone)
+        except BaseException:
+            if self._pages is not None:
+                os.close(self._pages)
+            raise
         finally:
             for each in (file, other):
                 os.close(each)  # mapped by now, and inherited
@@ -108,10 +112,15 @@ class Leader:
         found = self.command(do="begin", **given)
         if self._pages is None:
             return None
-        return {
-            kind: [seen(self._pages, place) for of_rank in found for place in of_rank[kind]]
-            for kind in ("pages", "states")
-        }
+        kinds: dict[str, list[PageRows]] = {"pages": [], "states": []}
+        try:
+            for of_rank in found:
+                rows = iter(seen(self._pages, [place for kind in kinds for place in of_rank[kind]]))
+                for kind, all_of_it in kinds.items():
+                    all_of_it += [next(rows) for _ in of_rank[kind]]
+        except OSError as error:
+            raise StartupError(f"no memory of other ranks can be seen: {error}") from None
+        return kinds
 
     def command(self, **given: Any) -> list[Any]:
         """Have the other ranks do something, and wait until it is done: what each has found. Raises StartupError where

@@ -344,7 +344,7 @@ class Rank:
             return None, act()
         except StartupError as error:
             return str(error), None
-        except MemoryError as error:
+        except (MemoryError, OSError) as error:
             return f"no memory: {' '.join(str(error).split())[:200]}", None
 
     def _answer(self, failure: str | None, found: Any = None) -> None:

@@ -18,6 +18,8 @@ Rows = npt.NDArray[np.uint8]
 
 # Of the file, what is one rank's: of it pages that nobody touched take no memory.
 STRETCH = 1 << 42
+# What is mapped at once, for many pools: Python keeps a file of its own for every mapping.
+PIECE = 1 << 38
 
 
 def make_file(size: int) -> int:
@@ -31,19 +33,26 @@ class SharedMemory:
     """One rank's stretch of the file."""
 
     def __init__(self, file: int, rank: int) -> None:
-        self._file, self._begin = file, rank * STRETCH
-        self._end = self._begin
+        self._file, self._end = file, rank * STRETCH
+        # Where each begins in the file.
         self._maps: list[tuple[int, mmap.mmap, Rows]] = []
+        self._left = np.empty(0, np.uint8)  # of the last of them
+        self._given: list[Rows] = []
         self._taken = 0
 
     def take(self, count: int) -> Rows:
-        """So many zeroed bytes. After `release` as many are asked for in the same order, and are where they were."""
-        if self._taken == len(self._maps):
+        """So many zeroed bytes. After `release` as many are asked for in the same order, and are where they were.
+        Raises OSError."""
+        if self._taken == len(self._given):
             room = -(-count // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(self._file, room, offset=self._end)
-            self._maps.append((self._end, mapped, np.frombuffer(mapped, np.uint8)))
-            self._end += room
-        _, _, memory = self._maps[self._taken]
+            if room > len(self._left):
+                mapped = mmap.mmap(self._file, max(room, PIECE), offset=self._end)
+                self._left = np.frombuffer(mapped, np.uint8)
+                self._maps.append((self._end, mapped, self._left))
+                self._end += len(self._left)
+            self._given.append(self._left[:room])
+            self._left = self._left[room:]
+        memory = self._given[self._taken]
         self._taken += 1
         assert count <= len(memory), "other memory than before"
         return memory[:count]
@@ -64,9 +73,13 @@ class SharedMemory:
         raise AssertionError("this is no memory of the file")
 
 
-def seen(file: int, place: Sequence[int]) -> Rows:
-    """The same memory in another process, uint8 [R, bytes of a row]."""
-    begin, count, width = place
-    ahead = begin % mmap.ALLOCATIONGRANULARITY
-    mapped = mmap.mmap(file, ahead + count * width, offset=begin - ahead)
-    return np.frombuffer(mapped, np.uint8, count * width, ahead).reshape(count, width)
+def seen(file: int, places: Sequence[Sequence[int]]) -> list[Rows]:
+    """The memory of one rank in another process, uint8 [R, bytes of a row] each. Raises OSError."""
+    if not places:
+        return []
+    first = min(begin for begin, _, _ in places) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    mapped = mmap.mmap(file, max(begin + count * width for begin, count, width in places) - first, offset=first)
+    return [
+        np.frombuffer(mapped, np.uint8, count * width, begin - first).reshape(count, width)
+        for begin, count, width in places
+    ]

@@ -83,7 +83,7 @@ def start(given: Start) -> RankedExecutor:
     groups = plan_groups(spec.windows, context)
     layout = _layout(config, given, dtype, groups)
     job = {
-        "directory": str(Path(given.directory).resolve()),
+        "directory": str(Path(given.directory).absolute()),
         "dtype": str(dtype).removeprefix("torch."),
         "load_format": config.model.load_format,
         "seed": config.model.seed or 0,

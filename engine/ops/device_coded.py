@@ -280,7 +280,7 @@ def codes_of_mxfp4(blocks: Tensor, scales: Tensor, order: Tensor | None = None) 
     pairs = columns % 64 == 0
     codes = torch.empty((count, rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=blocks.device)
     exponents = torch.empty((columns // 32, count, rows), dtype=torch.int16, device=blocks.device)
-    order = torch.arange(rows) if order is None else order
+    order = (torch.arange(rows) if order is None else order).to(blocks.device)
     for number in range(count):
         some = permuted(blocks[number], order)
         own = torch.stack((some & 15, some >> 4), -1).view(rows, columns)

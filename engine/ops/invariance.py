@@ -56,13 +56,18 @@ class RowTile:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A new one, for tensors on the host. torch's own constructor needs what engine/later.py puts off."""
+    return torch.default_generator.clone_state().manual_seed(seed)
+
+
 def find_row_tile(multiply: Multiply, in_features: int, out_features: int, dtype: torch.dtype) -> RowTile | None:
     """The largest tile within which a row's bits depend neither on its place nor on the rows beside it.
 
     None where there is none. The same on one thread and on as many as are set: sums must not be cut among threads.
     """
     threads = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     rounds = min(MAX_ROUNDS, -(-COMPARED // out_features))
     base = torch.randn(rounds, in_features, generator=generator).to(dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from engine.build import build_engine
 from engine.config import LoraOptions, SpeculationOptions, StartupError
+from engine.distributed import shared
 from engine.distributed.leader import RankedExecutor
 from engine.distributed.shared import STRETCH, SharedMemory, make_file, seen
 from engine.engine import Engine
@@ -131,7 +133,7 @@ def test_memory_that_another_process_sees() -> None:
     places = [memory.place_of(keys), memory.place_of(states)]
     assert places[0] == [2 * STRETCH, 5, 24] and places[1][1:] == [5, 1000]
     assert places[1][0] % mmap.PAGESIZE == 2000
-    there = [seen(file, place) for place in places]
+    there = seen(file, places)
     assert np.array_equal(there[0], keys) and (there[1] == 9).all()
     there[0][3] = 255
     assert (keys[3] == 255).all() and keys[4, 0] == 96
@@ -143,3 +145,34 @@ def test_memory_that_another_process_sees() -> None:
         memory.take(mmap.ALLOCATIONGRANULARITY * 2 + 7000)
     with pytest.raises(AssertionError, match="no memory of the file"):
         memory.place_of(np.zeros((2, 3), np.uint8))
+    assert seen(file, []) == []
+
+
+def test_many_pools_take_few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_file(2)
+    before = len(os.listdir("/proc/self/fd"))
+    memory = SharedMemory(file, 1)
+    pools = [memory.take(10_000).reshape(10, 1000) for _ in range(300)]
+    there = seen(file, [memory.place_of(pool) for pool in pools])
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    for number, pool in enumerate(pools):
+        pool[:] = number % 251
+    assert all((part == number % 251).all() for number, part in enumerate(there))
+    monkeypatch.setattr(shared, "PIECE", 1 << 16)
+    small = SharedMemory(make_file(1), 0)
+    parts = [small.take(count) for count in (40_000, 30_000, 100_000, 10)]
+    for number, part in enumerate(parts):
+        part[:] = number + 1
+    assert [int(part.min()) for part in parts] == [int(part.max()) for part in parts] == [1, 2, 3, 4]
+    small.release()
+    assert [small.take(len(part)).ctypes.data for part in parts] == [part.ctypes.data for part in parts]
+
+
+async def test_memory_that_cannot_be_shared_is_one_line(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.distributed.leader.seen", fail)
+        with pytest.raises(StartupError, match=r"no memory of other ranks can be seen: .*Too many open files"):
+            build_engine(config_of(checkpoints["full"], tmp_path, **RANKS))

@@ -107,14 +107,16 @@ def test_what_is_wrong_with_a_ranks_part_is_one_line_of_the_parents(tmp_path: Pa
     sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4}
     sizes |= {"vocab_size": 2304}  # that of the tokenizer
     make_checkpoint(tmp_path, "Llama", **sizes)
-    path = export(tmp_path, tmp_path / "a.gguf", "llama", {}, blocks={"ffn_down": "Q6_K"})
+    path = export(tmp_path, tmp_path / "blob", "llama", {}, blocks={"ffn_down": "Q6_K"})
+    link = tmp_path / "a.gguf"  # as a hub's cache has it
+    link.symlink_to(path)
     tensor = open_gguf(path).tensors["blk.0.ffn_down.weight"]
     data = bytearray(path.read_bytes())
     data[tensor.end - 2 : tensor.end] = np.array([np.inf], np.float16).tobytes()  # of rank 1's columns
     path.write_bytes(data)
     options = {"device": "cpu", "threads": 1, "max_model_len": 64, "tensor_parallel_size": 2}
     with pytest.raises(StartupError, match=r"down_proj.weight: row 63 has a scale that is not a finite number"):
-        LLM(str(path), tokenizer=str(DEMO_MODEL), **options)
+        LLM(str(link), tokenizer=str(DEMO_MODEL), **options)
 
 
 def test_a_rank_that_fails_says_why_and_no_more() -> None:

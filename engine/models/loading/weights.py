@@ -32,6 +32,7 @@ from engine.models.loading.schemes.shaped import as_stored
 from engine.models.parts.source import PREFIX
 from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
+from engine.ops.invariance import seeded
 from engine.ops.linear import Linear
 from engine.ops.lora import Rows, StackedSites
 from engine.ops.reordered import permuted
@@ -128,6 +129,7 @@ class Weights:
         stack = self.stacked([f"{name}.weight" for name in names], [rows] * len(names), columns)
         stack = stack.view(count, -1, columns)
         if order is not None:
+            order = order.to(stack.device)
             for matrix in stack:
                 matrix.copy_(permuted(matrix, order))
         return stack
@@ -524,7 +526,7 @@ class DummyWeights(Weights):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(dtype, device)
-        generator = torch.Generator().manual_seed(seed)
+        generator = seeded(seed)
         self._block = torch.randn(DUMMY_BLOCK, generator=generator).to(device)
         self._bytes = torch.randint(0, 256, (DUMMY_BLOCK,), generator=generator, dtype=torch.uint8).to(device)
         self._scaled: dict[float, Tensor] = {}

@@ -231,7 +231,10 @@ class IntegerMatrix(Quantised):
         found, scale, low = self._in_order(view, begin, end, keep=form is not None and form.endswith("low"))
         if low is not None:
             middle = 1 << (self.bits - 1) if self.bits <= 4 else 0
-            return (found + middle).view(torch.uint8), scale, -(low + middle) * scale
+            added = -(low + middle) * scale
+            if not bool(added.isfinite().all()):
+                raise Mismatch("a zero times its scale is no finite number")
+            return (found + middle).view(torch.uint8), scale, added
         return (found + 8 if form == "int4" else found).view(torch.uint8), scale, None
 
     def order(self, view: View) -> Tensor | None:
