@@ -117,7 +117,7 @@ def print_forms(forms: list[str], bandwidth: float, threads: int) -> None:
         line = f"{form:12} {size * 8 / 2048**2:4.1f} bits"
         for rows in ROWS[:-1]:
             x = torch.randn(rows, 2048)
-            seconds = _seconds(partial(coded_layer, form, 2048, 2048), x, (WORKING_SET >> 3) // size, threads)
+            seconds = _seconds(partial(coded_layer, form, 2048, 2048), x, (WORKING_SET >> 1) // size, threads)
             line += f" {rows * 2048**2 / seconds / 1e9:6.1f}"
             if rows == 1:
                 line += f" ({100 * size / seconds / bandwidth:.0f}% of the bandwidth)"

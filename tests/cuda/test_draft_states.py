@@ -217,7 +217,8 @@ async def test_everything_is_ordered(kind: str, attention: str) -> None:
     answers = [(request, delta.token_ids) for request, delta in zip(requests, expected, strict=True)]
     executor = make(Telling(answers, 0.3), LIMITS, device=device, attention=attention, model=model)
     read_results(executor, device)
-    await asyncio.wait_for(answers_of(executor, requests, speculation=ALWAYS), 60)
+    found = await asyncio.wait_for(answers_of(executor, requests, speculation=ALWAYS), 60)
+    assert_same(found, expected)
     assert not device.found and executor.counts["with drafts"]
 
 

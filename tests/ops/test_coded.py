@@ -96,12 +96,16 @@ def test_short_rows(columns: int) -> None:
     hold(coded, plain, torch.randn(9, columns + 8)[:, :columns], (1, 5))  # strided
 
 
-def test_inputs_of_eight_bits() -> None:
-    coded, plain = pair("int4 and low", 48, 512)
+@pytest.mark.parametrize("kind", OWN_KINDS)
+def test_inputs_of_eight_bits(kind: str) -> None:
+    coded, plain = pair(kind, 48, 512)
     assert isinstance(coded, PackedLinear)
     x = torch.randn(9, 512)
     before = coded(x)
     coded.take_eight_bits()
+    if not kind.startswith("int4"):
+        assert coded.input_bits == 16 and torch.equal(coded(x), before)
+        return
     assert coded.input_bits == 8 and not torch.equal(coded(x), before)
     assert relative_error(coded(x), plain(x)) < 1e-2 and torch.equal(coded(x[:2]), coded(x)[:2])
 

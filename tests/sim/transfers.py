@@ -60,10 +60,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def turn(self) -> None:
         """Once through all that is ready, if there is anything: most turns have nothing to do."""
-        if not self._ready and not (self._scheduled and self._scheduled[0].when() <= self.time()):
-            return
-        self.call_soon(self.stop)
-        self.run_forever()
+        if self._ready or (self._scheduled and self._scheduled[0].when() <= self.time()):
+            self.call_soon(self.stop)
+            self.run_forever()
         if self._errors:
             raise self._errors[0]
 
