@@ -27,8 +27,8 @@ NAMES = ("torch._meta_registrations",)
 class _Finder(MetaPathFinder):
     """The first on sys.meta_path, with `names` yet to be asked for."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = set(names)
+    def __init__(self) -> None:
+        self.names = set(NAMES)
         self.lock = threading.Lock()
 
     def find_spec(
@@ -61,13 +61,13 @@ class _Loader(Loader):
             # Importing has locks of its own, which know what waits for what: none of ours is held.
             return getattr(importlib.import_module(name), attribute)
 
-        module.__getattr__ = asked  # type: ignore[method-assign]
+        module.__getattr__ = asked  # type: ignore[method-assign]  # as a module may have one of its own
 
 
-def begin(names: Sequence[str] = NAMES) -> None:
+def begin() -> None:
     """Called before torch is imported; once it is, this does nothing."""
     if "torch" not in sys.modules:
-        sys.meta_path.insert(0, _Finder(names))
+        sys.meta_path.insert(0, _Finder())
 
 
 def everything() -> bool:

@@ -59,7 +59,7 @@ def coded_linear(
     last ends at a multiple of `PackedLinear.piece_rows`. table: 16 numbers, of the form that has its own. Scales are
     finite, those of "e4m3" below FLOAT8_SCALES."""
     if form not in OWN_KINDS:
-        return CodedLinear(form, rows, columns, dtype, pieces, bias, activation, group=group, table=table)
+        return CodedLinear(form, rows, columns, dtype, pieces, bias, activation, group, table)
     linear = PackedLinear(form, rows, columns, dtype, bias, activation)
     repeats = group // (FLOAT4_SPAN if form == "e2m1" else CODE_BLOCK)
     for start, stop, codes, scale, low in pieces:
@@ -81,11 +81,10 @@ class CodedLinear(Linear):
         columns: int,
         dtype: torch.dtype,
         pieces: Iterator[Piece],
-        bias: Tensor | None = None,
-        activation: str | None = None,
-        *,
-        group: int = CODE_BLOCK,
-        table: Sequence[float] | None = None,
+        bias: Tensor | None,
+        activation: str | None,
+        group: int,
+        table: Sequence[float] | None,
     ) -> None:
         library, code = native.library(), native.type_code(dtype)
         assert library is not None and code is not None and fits(form, group, columns)

@@ -24,7 +24,6 @@ from torch import Tensor
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import TABLE
 from engine.ops.norm import Normed, plain
-from engine.ops.reordered import permuted
 from engine.ops.triton.runtime import on_gpu
 
 # What a code stands for, times the scale: integers of four bits from 0 on (of which 8 is taken, or `low` is added to
@@ -282,10 +281,10 @@ def codes_of_mxfp4(blocks: Tensor, scales: Tensor, order: Tensor | None = None) 
     exponents = torch.empty((columns // 32, count, rows), dtype=torch.int16, device=blocks.device)
     order = (torch.arange(rows) if order is None else order).to(blocks.device)
     for number in range(count):
-        some = permuted(blocks[number], order)
+        some = blocks[number].index_select(0, order)
         own = torch.stack((some & 15, some >> 4), -1).view(rows, columns)
         codes[number].copy_(_paired(own, 32) if pairs else own)
-        exponents[:, number].copy_(permuted(scales[number], order).T)
+        exponents[:, number].copy_(scales[number].index_select(0, order).T)
     # By its bits bfloat16 has all these powers of two, the least of them below its normal numbers; 255 is infinite.
     bits = torch.where(exponents == 0, 0x40, exponents << 7)
     scale = bits.to(torch.int16).view(torch.bfloat16).view(columns // 32, -1)

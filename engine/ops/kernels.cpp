@@ -923,9 +923,8 @@ INLINE void accumulate(float* o, const float* alpha, const float* p, const K* co
     int r = 0;
     for (; r + 4 <= rows && (WIDE || V <= 2); r += 4)
         accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
-    for (; r + 3 <= rows && V == 4 && rows - r != 4; r += 3)
+    for (; r + 3 <= rows && V <= 4 && rows - r != 4; r += 3)  // four are two pairs
         accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
-    if (rows - r == 3 && V < 4) return accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
     for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
     if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }

@@ -5,12 +5,12 @@
 // bits in any batch, and the error is that of 16 bits: 1e-5 of a block's largest input.
 
 // How a type's weights are made: (code - offset) * scale (+ low).
-enum Low { NO_LOW, PLUS, MINUS };                 // PLUS: a float16 beside d. MINUS: dmin times a byte, taken away
+enum Low { NO_LOW, PLUS, MINUS };                 // PLUS: a number like d beside it. MINUS: dmin times a byte, taken away
 enum Table { PLAIN, IQ4, E2M1 };                  // what a code of four bits stands for
 enum Unit { HALF, POWER, SINGLE, ONE };           // d: a float16, a byte that is an exponent, a float32, or nothing
 // base, high: bits of a code, high ones apart. span: weights that share a scale; super: that share d. sub: a byte for every
-// span that multiplies d, 1 without a sign, 2 with one, 3 for half a byte whose other half is the span's part of low, 4 for a float32 in place of a byte. size: of super weights
-// in the file.
+// span that multiplies d, 1 without a sign, 2 with one, 3 for half a byte whose other half is the span's part of low, 4 for a float32
+// in place of d and a byte. size: of super weights in the file.
 #define FORMAT(name, number_, base_, high_, offset_, span_, super_, sub_, low_, table_, unit_, size_)                        \
     struct name {                                                                                                             \
         static constexpr int number = number_, base = base_, high = high_, offset = offset_, span = span_, super = super_,    \
